@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading slices, writing shards, telling one from another; never a whole model in memory."""

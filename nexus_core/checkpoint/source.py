@@ -1,0 +1,87 @@
+"""A checkpoint as a user names it: a folder, `embedded:NAME`, or a Hub id; found, claimed and described."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nexus_core.checkpoint.reader import CheckpointReader
+from nexus_core.errors import CheckpointError, suggestion
+from nexus_core.plugins import Family, installed
+from nexus_core.types import MoeDescription
+
+EMBEDDED = "embedded:"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder with its config, the family that owns it, and what the family says is in it.
+
+    name: as the user gave it. Nothing but config.json has been read.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+
+    @cached_property
+    def description(self) -> MoeDescription:
+        return self.family.hook.nexus_describe_moe(config=self.config)
+
+    @cached_property
+    def reader(self) -> CheckpointReader:
+        return CheckpointReader(self.folder)
+
+
+def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint and its family. Raises CheckpointError with the way out.
+
+    name: a folder, `embedded:NAME`, or a Hub id such as openai/gpt-oss-20b, which is downloaded if it is not cached.
+    """
+    folder = locate(str(name), revision)
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: has no config.json, so it is not a model folder") from error
+    except ValueError as error:
+        raise CheckpointError(f"{config_file}: is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_file}: is not a JSON object, so it is not a model's config")
+    return Checkpoint(str(name), folder, config, installed().family(config, str(folder)))
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint, downloading a Hub id that is not cached yet."""
+    if name.startswith(EMBEDDED):
+        known = {file.name: file.path for file in installed().embedded().values() if file.kind == "checkpoint"}
+        short = name.removeprefix(EMBEDDED)
+        if short not in known:
+            raise CheckpointError(f"'{name}': no plugin brings an embedded checkpoint of that name{suggestion(short, known)}")
+        return known[short]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is a file; name the folder that holds config.json")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name, revision)
+    raise CheckpointError(f"{name}: there is no such folder; give a model folder, a Hub id or 'embedded:NAME'")
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Weights in other formats than safetensors are never read, so they are not fetched.
+        found = snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+    except Exception as error:  # the Hub client raises a dozen kinds; all mean the same to the user
+        raise CheckpointError(
+            f"'{hub_id}': there is no folder of that name here, and the Hub could not give it "
+            f"({type(error).__name__}); give a local folder, or check the name, the network and your access"
+        ) from error
+    return Path(found)

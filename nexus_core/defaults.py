@@ -1,0 +1,82 @@
+"""Core's own answers to the hooks: plain Hugging Face behaviour for families, and the built-in strategies.
+
+Everything here is `trylast`, so a family's own answer comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nexus_core.hookspecs import hookimpl
+from nexus_core.types import RouterOutput, Strategy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@hookimpl(trylast=True)
+def nexus_dequantize(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+    return next(iter(tensors.values())).to(dtype) if len(tensors) == 1 else None
+
+
+@hookimpl(trylast=True)
+def nexus_load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+@hookimpl(trylast=True)
+def nexus_router_logits(output: Any) -> RouterOutput:
+    logits, weights, indices = output
+    return RouterOutput(logits, weights, indices)
+
+
+@hookimpl(trylast=True)
+def nexus_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    from nexus_core.additions import Addition
+
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in model.named_modules()
+        if isinstance(module, Addition)
+        for name, parameter in module.named_parameters()
+    }
+
+
+@hookimpl(trylast=True)
+def nexus_selection_strategies() -> list[Strategy]:
+    from nexus_core.select import STRATEGIES
+
+    return STRATEGIES
+
+
+@hookimpl(trylast=True)
+def nexus_merge_strategies() -> list[Strategy]:
+    from nexus_core.merge import STRATEGIES
+
+    return STRATEGIES
+
+
+@hookimpl(trylast=True)
+def nexus_routing_strategies() -> list[Strategy]:
+    from nexus_core.routing import STRATEGIES
+
+    return STRATEGIES
+
+
+@hookimpl(trylast=True)
+def nexus_losses() -> list[Strategy]:
+    from nexus_core.distill import STRATEGIES
+
+    return STRATEGIES
+
+
+@hookimpl(trylast=True)
+def nexus_data_formats() -> list[Strategy]:
+    from nexus_core.data.formats import STRATEGIES
+
+    return STRATEGIES

@@ -1,0 +1,155 @@
+"""The nouns that core, stages and plugins share. Imports nothing heavy; tensors are torch tensors.
+
+Legend for shapes, used throughout: L layers, E experts, K experts per token, T tokens, S sequence length, B batch,
+D hidden size, F expert width (neurons), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from pydantic import BaseModel
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class MoeDescription:
+    """What core needs to know of a mixture-of-experts model, from its config alone.
+
+    layers: indices of the decoder layers that hold routed experts, ascending; dense layers are left out.
+    storage: how routed experts lie on disk, for people ("mxfp4", "bfloat16").
+    weights_sum_to_one: whether the gate weights of a token's K experts sum to 1 (the exact fold needs it).
+    shared_expert_width: neurons of the shared expert NEXUS added, 0 in an untouched base.
+    """
+
+    family: str
+    model_type: str
+    layers: tuple[int, ...]
+    experts: int
+    experts_per_token: int
+    hidden_size: int
+    expert_width: int
+    vocabulary_size: int
+    storage: str
+    weights_sum_to_one: bool
+    has_expert_biases: bool
+    shared_expert_width: int = 0
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """A tensor on disk, or one slice of its first dimension: `name[index]`; index None is the whole tensor."""
+
+    name: str
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertLocation:
+    """Where one routed expert's numbers lie in a checkpoint."""
+
+    layer: int
+    expert: int
+    parts: tuple[TensorPart, ...]
+
+
+@dataclass
+class ExpertWeights:
+    """One expert in canonical layout: gate (F, D), up (F, D), down (D, F), biases (F,), (F,), (D,) or None.
+
+    Its function is down @ activation(gate @ x + gate_bias, up @ x + up_bias) + down_bias, the activation being the
+    family's. Rows of gate and up and columns of down with the same index are one neuron.
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """F, the number of neurons."""
+        return self.gate.shape[0]
+
+
+@dataclass(frozen=True)
+class MoeBlock:
+    """The modules of one layer that core listens to.
+
+    block: called with hidden states (B, S, D) or (T, D); its output, or the first item of its output tuple, is what
+    the layer adds to the residual stream. router: its forward output is passed to `nexus_router_logits`.
+    """
+
+    layer: int
+    block: nn.Module
+    router: nn.Module
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """A router's decision for T tokens: logits (T, E) before top-k, weights (T, K) after it, indices (T, K)."""
+
+    logits: torch.Tensor
+    weights: torch.Tensor
+    indices: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A named, replaceable way of doing one thing: what registering hooks return.
+
+    function: pure; no files, no devices; what it takes and returns is documented in the module that calls it
+    (`nexus_core.select`, `merge`, `routing`, `distill`). parameters: pydantic model of the settings that a recipe may
+    give beside the strategy's name, None when it has none. needs: names of the statistics it reads, so that collect
+    gathers them.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    summary: str
+    parameters: type[BaseModel] | None = None
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class EmbeddedFile:
+    """A checkpoint folder or data file that a plugin brings along, addressed in recipes as `embedded:NAME`."""
+
+    name: str
+    path: Path
+    kind: Literal["checkpoint", "data"]
+    summary: str
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """One `nexus run`, as observers see it.
+
+    settings: the resolved recipe as plain data. source: the recipe's own text. execution: what never enters a key
+    (store, tracking, device, processes, versions, git state).
+    """
+
+    recipe: str
+    settings: Mapping[str, Any]
+    source: str
+    store: Path
+    execution: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """One finished stage: where its output lies, whether it had to run, and its final numbers."""
+
+    name: str
+    key: str
+    path: Path
+    reused: bool
+    seconds: float
+    metrics: Mapping[str, float | int | str]
