@@ -36,6 +36,18 @@ def nexus_router_logits(output: Any) -> RouterOutput:
 
 
 @hookimpl(trylast=True)
+def nexus_neuron_activations(config: Mapping[str, Any], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    from torch.nn import functional
+
+    return functional.silu(gate) * up if config.get("hidden_act") == "silu" else None
+
+
+@hookimpl(trylast=True)
+def nexus_reply_parts(text: str) -> tuple[str, str]:
+    return "", text
+
+
+@hookimpl(trylast=True)
 def nexus_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     from nexus_core.additions import Addition
 

@@ -145,6 +145,15 @@ def nexus_gate_weights(
 
 
 @hookspec(firstresult=True)
+def nexus_neuron_activations(config: Mapping[str, Any], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    """What an expert's neurons put out: the family's activation of gate and up (T, F) each, as (T, F).
+
+    gate, up: after their biases. With the expert's linear maps, which core knows, this is the whole expert; convert
+    uses it to tell what a merged expert does to its layer. Default: silu(gate) * up, where config says `hidden_act: silu`.
+    """
+
+
+@hookspec(firstresult=True)
 def nexus_attach_shared_expert(model: nn.Module, width: int) -> bool | None:
     """Give a loaded model one shared expert of `width` neurons per MoE layer, down-projection zero; returns True.
 
@@ -170,6 +179,15 @@ def nexus_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter] | No
     """
 
 
+@hookspec(firstresult=True)
+def nexus_reply_parts(config: Mapping[str, Any], text: str) -> tuple[str, str] | None:
+    """A chat reply so far, special tokens included, as what the model thinks and what it says to the user.
+
+    Called by `nexus chat` after every token; each part may only grow as the text does. Special tokens that remain are
+    removed by the caller. Default: all of it is said.
+    """
+
+
 # --- family hooks: converted and exported checkpoints --------------------------------------------------------------
 
 
@@ -177,7 +195,11 @@ def nexus_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter] | No
 def nexus_shared_expert_tensors(
     config: Mapping[str, Any], layer: int, weights: ExpertWeights
 ) -> dict[str, torch.Tensor] | None:
-    """The tensors, by their name on disk, that hold this layer's shared expert in a converted checkpoint."""
+    """The tensors, by their name on disk, that hold this layer's shared expert in a converted checkpoint.
+
+    In the type they are stored in. Renames, reshapes and casts only: convert first calls it with tensors on the "meta"
+    device, which have no values, to learn names, types and shapes before anything is computed.
+    """
 
 
 @hookspec(firstresult=True)

@@ -24,14 +24,10 @@ def load(
     floating-point weights, by default the checkpoint's own. `model.name_or_path` is the folder that was read.
     Raises CheckpointError if it cannot be found, no plugin claims it, or a tensor is missing or unknown.
     """
-    import torch
-
     checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, revision)
     register_auto()
-    if dtype is None:
-        dtype = getattr(torch, str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16"))
     model = checkpoint.family.hook.nexus_load_model(
-        folder=checkpoint.folder, config=checkpoint.config, dtype=dtype, device=device
+        folder=checkpoint.folder, config=checkpoint.config, dtype=dtype or checkpoint.dtype, device=device
     )
     model.name_or_path = str(checkpoint.folder)
     return model

@@ -67,10 +67,19 @@ class Plugins:
         try:
             self.manager.register(plugin, name=name)
         except pluggy.PluginValidationError as error:
-            # pluggy keeps a half-registered plugin: take it out again so that its good hooks don't answer either
-            self.manager.unregister(plugin)
+            # Before 1.7 pluggy keeps a half-registered plugin: take it out, so that its good hooks don't answer either.
+            if self.manager.has_plugin(name):
+                self.manager.unregister(name=name)
             raise PluginError(str(error).strip().replace("\n", " ")) from error
+        except ValueError as error:
+            raise PluginError(f"plugin '{name}' ({source}) is registered already; uninstall one of the two") from error
         self.sources[name] = source
+
+    def unregister(self, name: str) -> None:
+        """Take a plugin out again; one that is not there is left out already."""
+        if self.manager.has_plugin(name):
+            self.manager.unregister(name=name)
+        self.sources.pop(name, None)
 
     def names(self) -> list[str]:
         """Registered plugins by name, core's defaults first."""

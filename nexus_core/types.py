@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,3 +154,26 @@ class StageOutcome:
     reused: bool
     seconds: float
     metrics: Mapping[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run as tracking recorded it, read back.
+
+    status: "FINISHED", "FAILED", "KILLED" or "RUNNING". settings: the resolved recipe, dotted names to text. metrics:
+    final numbers: `perplexity/SET/base`, `perplexity/SET/student`, `change/SET`, `router/...`, `seconds/STAGE`, and
+    every other stage's own as `STAGE/...`. learnt, kept: names of data sets. stages: as they came; reused: those of
+    them that did not have to run.
+    """
+
+    run_id: str
+    name: str
+    status: str
+    started: datetime
+    settings: Mapping[str, str]
+    metrics: Mapping[str, float]
+    learnt: tuple[str, ...]
+    kept: tuple[str, ...]
+    stages: tuple[str, ...] = ()
+    reused: tuple[str, ...] = ()
+    verdict: str = ""

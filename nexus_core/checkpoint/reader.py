@@ -8,12 +8,14 @@ Format: 8 bytes header length (little endian), JSON header, data; https://github
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,26 +67,37 @@ def read_header(shard: Path) -> dict[str, TensorEntry]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
             if length > min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(f"{shard}: not a whole safetensors file ({size} bytes); copy or download it again")
-            header = json.loads(file.read(length))
+                raise CheckpointError(
+                    f"{shard}: not a whole safetensors file ({size} bytes); copy or download it again"
+                )
+            header = dict(json.loads(file.read(length)).items())
     except OSError as error:
         raise CheckpointError(f"{shard}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{shard}: its safetensors header is damaged; copy or download it again") from error
-    entries = {}
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = (8 + length + offset for offset in item["data_offsets"])
-        if end > size:
+    entries = {name: _entry(shard, name, item, 8 + length) for name, item in header.items() if name != "__metadata__"}
+    for entry in entries.values():
+        if entry.end > size:
             raise CheckpointError(
-                f"{shard}: tensor '{name}' should end at byte {end} but the file has {size}; "
+                f"{shard}: tensor '{entry.name}' should end at byte {entry.end} but the file has {size}; "
                 "it is truncated, copy or download it again"
             )
-        if item["dtype"] not in DTYPES:
-            raise CheckpointError(f"{shard}: tensor '{name}' has type {item['dtype']}, which NEXUS cannot read")
-        entries[name] = TensorEntry(name, shard, item["dtype"], tuple(item["shape"]), start, end)
     return entries
+
+
+def _entry(shard: Path, name: str, item: dict[str, Any], data_start: int) -> TensorEntry:
+    try:
+        start, end = (data_start + int(offset) for offset in item["data_offsets"])
+        dtype, shape = str(item["dtype"]), tuple(int(size) for size in item["shape"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{shard}: its safetensors header is damaged; copy or download it again") from error
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{shard}: tensor '{name}' has type {dtype}, which NEXUS cannot read")
+    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise CheckpointError(
+            f"{shard}: tensor '{name}' has {end - start} bytes, which do not make {dtype} {list(shape)}"
+        )
+    return TensorEntry(name, shard, dtype, shape, start, end)
 
 
 class CheckpointReader:
@@ -113,10 +126,10 @@ class CheckpointReader:
     def _weight_map(self) -> dict[str, str]:
         index = self.folder / INDEX_NAME
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            weight_map = dict(json.loads(index.read_text())["weight_map"].items())
+            outside = [name for name in weight_map.values() if Path(name).name != name]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: is not a safetensors index; copy or download it again") from error
-        outside = [name for name in weight_map.values() if Path(name).name != name]
         if outside:
             raise CheckpointError(f"{index}: names the shard '{outside[0]}', which is not a plain file name")
         return weight_map
@@ -132,7 +145,9 @@ class CheckpointReader:
         if (self.folder / INDEX_NAME).is_file():
             for name, shard_name in self._weight_map.items():
                 if name not in entries or entries[name].shard.name != shard_name:
-                    raise CheckpointError(f"{self.folder / shard_name}: tensor '{name}' is missing; {INDEX_NAME} names it")
+                    raise CheckpointError(
+                        f"{self.folder / shard_name}: tensor '{name}' is missing; {INDEX_NAME} names it"
+                    )
         return entries
 
     def __contains__(self, name: str) -> bool:
@@ -149,27 +164,34 @@ class CheckpointReader:
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """The tensor, or its slice `[index]` along the first dimension, in its stored type."""
-        entry = self.entry(name)
-        shape, start, length = entry.shape, entry.start, entry.stored_bytes
-        if index is not None:
-            if not shape or not 0 <= index < shape[0]:
-                raise CheckpointError(f"{self.folder}: tensor '{name}' {list(shape)} has no slice {index}")
-            length //= shape[0]
-            start, shape = start + index * length, shape[1:]
-        return read_bytes(entry.shard, start, length).view(DTYPES[entry.dtype]).reshape(shape)
+        return read_tensor(self.entry(name), index)
+
+
+def read_tensor(entry: TensorEntry, index: int | None = None) -> torch.Tensor:
+    """The tensor at a place that `read_header` gave, or its slice `[index]` along the first dimension."""
+    shape, start, length = entry.shape, entry.start, entry.stored_bytes
+    if index is not None:
+        if not shape or not 0 <= index < shape[0]:
+            raise CheckpointError(f"{entry.shard}: tensor '{entry.name}' {list(shape)} has no slice {index}")
+        length //= shape[0]
+        start, shape = start + index * length, shape[1:]
+    return read_bytes(entry.shard, start, length).view(DTYPES[entry.dtype]).reshape(shape)
 
 
 def read_bytes(path: Path, start: int, length: int) -> torch.Tensor:
     """Bytes [start, start + length) of a file as a uint8 tensor that owns its memory."""
     buffer = torch.empty(length, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
-    with path.open("rb", buffering=0) as file:
-        done = 0
-        while done < length:
-            count = os.preadv(file.fileno(), [view[done:]], start + done)
-            if count == 0:
-                raise CheckpointError(f"{path}: ends before byte {start + length}; copy or download it again")
-            done += count
+    view = buffer.numpy().data
+    try:
+        with path.open("rb", buffering=0) as file:
+            done = 0
+            while done < length:
+                count = os.preadv(file.fileno(), [view[done:]], start + done)
+                if count == 0:
+                    raise CheckpointError(f"{path}: ends before byte {start + length}; copy or download it again")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return buffer
 
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nexus_core.checkpoint.reader import CheckpointReader
 from nexus_core.errors import CheckpointError, suggestion
 from nexus_core.plugins import Family, installed
@@ -33,6 +35,15 @@ class Checkpoint:
         return self.family.hook.nexus_describe_moe(config=self.config)
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type its config says its floating-point weights have; bfloat16 if it does not."""
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16")
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{self.folder / 'config.json'}: dtype '{name}' is no type of numbers")
+        return dtype
+
+    @cached_property
     def reader(self) -> CheckpointReader:
         return CheckpointReader(self.folder)
 
@@ -40,7 +51,7 @@ class Checkpoint:
 def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
     """Find a checkpoint and its family. Raises CheckpointError with the way out.
 
-    name: a folder, `embedded:NAME`, or a Hub id such as openai/gpt-oss-20b, which is downloaded if it is not cached.
+    name: a folder, `embedded:NAME`, or a Hub id (OWNER/NAME), which is downloaded if it is not cached.
     """
     folder = locate(str(name), revision)
     config_file = folder / "config.json"
@@ -61,7 +72,9 @@ def locate(name: str, revision: str | None = None) -> Path:
         known = {file.name: file.path for file in installed().embedded().values() if file.kind == "checkpoint"}
         short = name.removeprefix(EMBEDDED)
         if short not in known:
-            raise CheckpointError(f"'{name}': no plugin brings an embedded checkpoint of that name{suggestion(short, known)}")
+            raise CheckpointError(
+                f"'{name}': no plugin brings an embedded checkpoint of that name{suggestion(short, known)}"
+            )
         return known[short]
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -75,10 +88,15 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from tqdm.auto import tqdm
 
+    # Only what NEXUS reads: no weights in other formats, and no subfolders, where publishers put further copies.
+    wanted, unwanted = ["*.json", "*.safetensors", "*.jinja", "*.model"], ["*/*"]
     try:
-        # Weights in other formats than safetensors are never read, so they are not fetched.
-        found = snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        # The client's own progress bars are off on the command line, but 65 GB should not arrive in silence.
+        found = snapshot_download(
+            hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, tqdm_class=tqdm
+        )
     except Exception as error:  # the Hub client raises a dozen kinds; all mean the same to the user
         raise CheckpointError(
             f"'{hub_id}': there is no folder of that name here, and the Hub could not give it "

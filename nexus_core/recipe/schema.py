@@ -1,7 +1,7 @@
 """Every key a recipe may have, its type, its default and what it means.
 
-Sections that choose a strategy (`select`, `convert`, `collect.sampling`, `train.routing`) also take that strategy's
-own parameters beside its name; `nexus_core.recipe.load` checks them against the strategy's parameter model. The
+Sections that choose a strategy (`select`, `convert`, `train.routing`) also take that strategy's own parameters beside
+its name; `nexus_core.recipe.strategies` checks them against the strategy's parameter model. The
 descriptions below are what docs/recipes.md is generated from.
 """
 
@@ -15,18 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Weight = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, types are exact, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class StrategySection(Section):
     """A part that chooses a strategy: keys beside the ones below are that strategy's parameters."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -35,7 +36,7 @@ class StrategySection(Section):
 
 
 class Model(Section):
-    path: str = Field(description="A model folder, a Hub id, or `embedded:NAME`.")
+    path: Name = Field(description="A model folder, a Hub id, or `embedded:NAME`.")
     revision: str | None = Field(None, description="Commit, branch or tag of a Hub id.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the computation; `auto` is float32 on CPU and bfloat16 on a GPU."
@@ -43,7 +44,7 @@ class Model(Section):
 
 
 class Source(Section):
-    path: str = Field(
+    path: Name = Field(
         description="A file (jsonl, json, parquet, text), a folder that `datasets` saved, a Hub id, or `embedded:NAME`."
     )
     weight: Weight = Field(1.0, description="Share of this source within its set, relative to the others'.")
@@ -53,13 +54,15 @@ class Source(Section):
     split: str = Field("train", description="Split of a Hub data set or saved folder.")
     revision: str | None = Field(None, description="Commit, branch or tag of a Hub data set.")
     max_records: Count | None = Field(None, description="Read no more than this many records.")
-    held_out: Ratio = Field(
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Share of records, chosen by content hash, kept from training and used by `validate`."
     )
 
 
-class Sampling(StrategySection):
-    strategy: str = Field("coverage", description="How records are drawn: `coverage` or `uniform`.")
+class Sampling(Section):
+    strategy: Literal["coverage", "uniform"] = Field(
+        "coverage", description="How records are drawn: for the widest vocabulary per token, or evenly."
+    )
     candidates: Count = Field(10_000, description="Records per set to draw from.")
 
 
@@ -72,7 +75,7 @@ class Collect(Section):
     keep_inputs: Annotated[int, Field(ge=0)] = Field(
         256, description="MoE inputs kept per layer, so that `convert` can tell what its start does."
     )
-    keep_probabilities: bool | int = Field(
+    keep_probabilities: bool | Count = Field(
         False, description="Also write router probabilities as NPZ: all of them, or those of the first N tokens."
     )
     seed: int = Field(0, description="Seed of the draw.")
@@ -92,7 +95,8 @@ class Convert(StrategySection):
         None, description="Neurons of the shared expert; one routed expert's width if left out."
     )
     start: Literal["zero", "full"] | float = Field(
-        "zero", description="First output: `zero` keeps the model's function, `full` adds the merged expert, or a factor."
+        "zero",
+        description="First output: `zero` keeps the model's function, `full` adds the merged expert, or a factor.",
     )
     seed: int = Field(0, description="Seed of strategies that draw.")
 
@@ -215,6 +219,7 @@ class Recipe(Section):
     _name: str = "recipe"
     _folder: Path = Path()
     _text: str = ""
+    _locations: dict[str, str] = {}
 
     @property
     def name(self) -> str:
@@ -230,6 +235,12 @@ class Recipe(Section):
     def text(self) -> str:
         """The recipe file as it was read."""
         return self._text
+
+    def location(self, key: str) -> str:
+        """`file:line:column` of a key's value, e.g. of `select.top_k`; of its section where it was left out."""
+        while key and key not in self._locations:
+            key = key.rpartition(".")[0]
+        return self._locations.get(key, self._name)
 
     @property
     def learnt_sets(self) -> tuple[str, ...]:

@@ -1,0 +1,95 @@
+"""Converting one layer of gpt-oss-120b's real shape: against reading and writing the bytes, and dequantizing it all.
+
+Writes a random layer of 1.7 GB into a temporary folder (TMPDIR chooses where).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from nexus_gpt_oss import synthetic
+
+from benchmarks.measurement import AnonymousMemory, Measurement, interleaved
+from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
+from nexus_core.recipe.schema import Convert
+from nexus_core.select.selection import LayerSelection, Selection
+from nexus_core.stages.convert import convert
+
+CHOSEN = 24
+ROUNDS = 3
+
+# The embeddings play no part in converting, so the random model has few words and most of its bytes are the layer.
+VOCABULARY = 1024
+
+
+def run() -> list[Measurement]:
+    """Time relative to a warm read of the chosen experts' bytes plus a write of the result's."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        synthetic.write(folder / "base", synthetic.config("120b", layers=1) | {"vocab_size": VOCABULARY})
+        checkpoint = open_checkpoint(folder / "base")
+        out = folder / "converted"
+
+        def nexus() -> None:
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            convert(checkpoint, _selection(checkpoint), Convert(), out)
+
+        seconds = interleaved({"floor": lambda: _read_and_write(checkpoint, folder / "floor"), "nexus": nexus}, rounds=ROUNDS)
+        with AnonymousMemory() as nexus_memory:
+            nexus()
+        with AnonymousMemory() as dense_memory:
+            began = time.perf_counter()
+            _dequantize_and_average(checkpoint)
+            dense_seconds = time.perf_counter() - began
+
+    benchmark = f"convert one 120b layer, {CHOSEN} of 128 experts"
+    floor = "warm read of the chosen bytes + write"
+
+    def row(subject: str, value: float, note: str = "") -> Measurement:
+        return Measurement(benchmark, subject, value, value / seconds["floor"], floor, note)
+
+    return [
+        row(floor, seconds["floor"]),
+        row("nexus", seconds["nexus"], f"{nexus_memory.peak_bytes / 1e6:,.0f} MB above imports"),
+        row("dequantize the layer, average (transformers)", dense_seconds, f"{dense_memory.peak_bytes / 1e6:,.0f} MB, one run"),
+    ]
+
+
+def _selection(checkpoint: Checkpoint) -> Selection:
+    experts = checkpoint.description.experts
+    layer = LayerSelection(
+        layer=0,
+        experts=tuple(range(CHOSEN)),
+        importance=(1 / experts,) * experts,
+        explained_variance=(),
+        top_share={"4": 4 / experts},
+        pattern="even",
+        recommended_top_k=CHOSEN,
+    )
+    return Selection(strategy="pca", top_k=CHOSEN, layers=(layer,))
+
+
+def _read_and_write(checkpoint: Checkpoint, scratch: Path) -> None:
+    """The least any converter must do: the chosen experts' slices in, a shared expert's bytes out."""
+    for location in checkpoint.family.hook.nexus_enumerate_experts(config=checkpoint.config)[:CHOSEN]:
+        for part in location.parts:
+            checkpoint.reader.read(part.name, part.index)
+    moe = checkpoint.description
+    scratch.write_bytes(bytes(3 * 2 * moe.hidden_size * moe.expert_width))
+
+
+def _dequantize_and_average(checkpoint: Checkpoint) -> None:
+    """What loading through transformers does on a machine without its GPU kernel: every expert dense, then the mean."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    for projection in ("gate_up_proj", "down_proj"):
+        blocks, scales = (
+            checkpoint.reader.read(f"model.layers.0.mlp.experts.{projection}_{part}") for part in ("blocks", "scales")
+        )
+        dense = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        dense[:CHOSEN].float().mean(dim=0)

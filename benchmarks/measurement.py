@@ -1,0 +1,92 @@
+"""Interleaved timing, and the row that every benchmark ends in."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One thing measured next to others in the same run.
+
+    seconds: median per call. ratio: seconds over those of `against`.
+    """
+
+    benchmark: str
+    subject: str
+    seconds: float
+    ratio: float
+    against: str
+    note: str = ""
+
+
+def interleaved(subjects: Mapping[str, Callable[[], Any]], *, rounds: int = 7) -> dict[str, float]:
+    """Median seconds of each subject, timed in turn A B C A B C, so that a machine that drifts drifts for all."""
+    for run in subjects.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, run in subjects.items():
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def compared(
+    benchmark: str, subjects: Mapping[str, Callable[[], Any]], *, against: str, notes: Mapping[str, str] | None = None,
+    rounds: int = 7,
+) -> list[Measurement]:
+    """Each subject's median and its ratio to the subject called `against`."""
+    seconds = interleaved(subjects, rounds=rounds)
+    return [
+        Measurement(benchmark, name, value, value / seconds[against], against, (notes or {}).get(name, ""))
+        for name, value in seconds.items()
+    ]
+
+
+class AnonymousMemory:
+    """Peak anonymous memory of this process while the context lasts, above what it was at its start, in bytes.
+
+    Sampled from /proc (Linux). Mapped file pages don't count: they are the page cache's, not the program's.
+    """
+
+    def __init__(self, interval_seconds: float = 0.002):
+        self.peak_bytes = 0
+        self._interval_seconds = interval_seconds
+        self._ended = threading.Event()
+
+    def __enter__(self) -> AnonymousMemory:
+        gc.collect()
+        self._start_bytes = anonymous_bytes()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._take()
+
+    def _take(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, anonymous_bytes() - self._start_bytes)
+
+    def _sample(self) -> None:
+        while not self._ended.wait(self._interval_seconds):
+            self._take()
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("this system does not report RssAnon")

@@ -1,0 +1,131 @@
+"""What no single key can tell: names that must exist elsewhere, settings that exclude each other or the model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nexus_core.errors import Problem, suggestion
+from nexus_core.plugins import installed
+from nexus_core.recipe.explain import unknown_name
+from nexus_core.recipe.located import KeyPath, Located, dotted
+from nexus_core.recipe.schema import Recipe
+from nexus_core.types import MoeDescription
+
+AUTO_FORMAT = "auto"
+
+
+def check_names(located: Located) -> list[Problem]:
+    """Data sets, formats and losses that a recipe names but that do not exist.
+
+    Works on what was given rather than on a valid recipe, so that it reports beside other problems.
+    """
+    sets = _mapping(located, ("data",))
+    problems = _data_sets(located, sets)
+    shares = {section: _mapping(located, (section, "data")) for section in ("collect", "train")}
+    for section, names in shares.items():
+        for name in names:
+            if sets and name not in sets:
+                path: KeyPath = (section, "data", name)
+                message = f"there is no data set '{name}' under data{suggestion(name, sets)}"
+                problems.append(Problem(located.place(path).key, dotted(path), message))
+        if located.at((section, "data")) == {}:
+            problems.append(
+                _at(located, (section, "data"), "names no data set; name one, or remove the key to use all")
+            )
+    problems += _learn(located, shares["train"], sets)
+    return problems + _losses(located)
+
+
+def check_execution(located: Located) -> list[Problem]:
+    """Ways of running that this version does not have."""
+    processes, deepspeed = located.at(("run", "processes")), located.at(("run", "deepspeed"))
+    message = "training over several processes is not available yet; remove run.processes and run.deepspeed"
+    if isinstance(processes, int) and processes > 1:
+        return [_at(located, ("run", "processes"), message)]
+    return [_at(located, ("run", "deepspeed"), message)] if isinstance(deepspeed, dict) else []
+
+
+def check_against_model(recipe: Recipe, description: MoeDescription) -> list[Problem]:
+    """What of a recipe does not fit the model it names; empty if all does."""
+    problems = []
+    if not description.layers:
+        message = f"{recipe.model.path} has no layer with routed experts; NEXUS needs a mixture-of-experts model"
+        problems.append(Problem(recipe.location("model.path"), "model.path", message))
+    if description.shared_expert_width:
+        message = (
+            f"{recipe.model.path} already has a shared expert ({description.shared_expert_width} neurons wide); "
+            "give the untouched base"
+        )
+        problems.append(Problem(recipe.location("model.path"), "model.path", message))
+    if recipe.select.top_k != "auto" and recipe.select.top_k > description.experts:
+        message = (
+            f"is {recipe.select.top_k}, but a layer of {recipe.model.path} has {description.experts} experts; "
+            f"write at most {description.experts}, or auto"
+        )
+        problems.append(Problem(recipe.location("select.top_k"), "select.top_k", message))
+    return problems
+
+
+def _data_sets(located: Located, sets: dict[str, Any]) -> list[Problem]:
+    problems = []
+    if located.at(("data",)) == {}:
+        problems.append(
+            _at(located, ("data",), "names no data set; give at least one, e.g. 'domain: [{path: my.jsonl}]'")
+        )
+    formats = {AUTO_FORMAT, *installed().strategies("data_formats")} if sets else set()
+    for name, sources in sets.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            # Names become metric names, folder names and dotted paths of --set.
+            message = "a data set's name is made of letters, digits, '_' and '-'; rename it"
+            problems.append(Problem(located.place(("data", name)).key, f"data.{name}", message))
+        for index, source in enumerate(sources if isinstance(sources, list) else ()):
+            shape = source.get("format") if isinstance(source, dict) else None
+            if isinstance(shape, str) and shape not in formats:
+                path: KeyPath = ("data", name, index, "format")
+                problems.append(unknown_name(located, path, "data format", shape, formats))
+    return problems
+
+
+def _learn(located: Located, shares: dict[str, Any], sets: dict[str, Any]) -> list[Problem]:
+    learn = located.at(("train", "learn"))
+    if not isinstance(learn, list):
+        return []
+    if not learn:
+        return [_at(located, ("train", "learn"), "names no data set; remove the key to learn from the first")]
+    problems = []
+    trained = shares or sets
+    for index, name in enumerate(learn):
+        path = ("train", "learn", index)
+        if not isinstance(name, str) or not trained:
+            continue
+        if name not in trained:
+            where = "train.data" if shares else "data"
+            message = f"there is no data set '{name}' under {where}{suggestion(name, trained)}"
+            problems.append(_at(located, path, message))
+        elif name in learn[:index]:
+            problems.append(_at(located, path, f"names '{name}' twice; remove one"))
+    return problems
+
+
+def _losses(located: Located) -> list[Problem]:
+    losses = _mapping(located, ("train", "losses"))
+    known = installed().strategies("losses") if losses else {}
+    problems = []
+    for name in losses:
+        if name not in known:
+            path = ("train", "losses", name)
+            message = f"there is no loss '{name}'{suggestion(name, known)}"
+            problems.append(Problem(located.place(path).key, dotted(path), message))
+    if located.at(("train", "losses")) == {} or (losses and not any(losses.values())):
+        problems.append(_at(located, ("train", "losses"), "gives no loss a weight above 0, so nothing would be learnt"))
+    return problems
+
+
+def _mapping(located: Located, path: KeyPath) -> dict[str, Any]:
+    value = located.at(path)
+    return value if isinstance(value, dict) else {}
+
+
+def _at(located: Located, path: KeyPath, message: str) -> Problem:
+    return Problem(located.place(path).value, dotted(path), message)

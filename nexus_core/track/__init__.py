@@ -1,0 +1,1 @@
+"""Runs recorded in MLflow and read back: the only package that imports mlflow."""
