@@ -1,0 +1,302 @@
+"""GPT-OSS with packed experts, and per layer, when the configuration says so, a shared expert and a router change.
+
+Attention, norms, rotary embedding and the forward passes are transformers' own; only the mixture-of-experts block and
+what holds it are built here, so that no dense expert is ever allocated.
+
+    # B batch, S sequence length, T = B * S tokens, D hidden size, E experts, K experts per token
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssAttention,
+    GptOssDecoderLayer,
+    GptOssForCausalLM,
+    GptOssModel,
+    GptOssPreTrainedModel,
+    GptOssRMSNorm,
+    GptOssRotaryEmbedding,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from nexus_core.additions import RouterDelta, SharedExpert
+from nexus_core.checkpoint.reader import CheckpointReader
+from nexus_core.errors import CheckpointError, UsageError
+from nexus_gpt_oss.configuration import NexusGptOssConfig
+from nexus_gpt_oss.experts import PackedExperts, swiglu
+
+NAMES_SHOWN = 5
+
+
+class PackedRouter(nn.Module):
+    """Logits (T, E), gate weights (T, K) that sum to 1, and expert indices (T, K) for hidden states (T, D)."""
+
+    def __init__(self, config: NexusGptOssConfig):
+        super().__init__()
+        self.experts_per_token = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.zeros(config.num_local_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.num_local_experts))
+
+    def forward(
+        self, hidden_TD: torch.Tensor, delta_TE: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """delta_TE: a learned change of the logits; a change of zero gives the weights of none, to the bit."""
+        logits_TE = functional.linear(hidden_TD, self.weight, self.bias)
+        if delta_TE is None:
+            weights_TK, indices_TK = route(logits_TE, self.experts_per_token)
+            return logits_TE, weights_TK, indices_TK
+        changed_TE = logits_TE + delta_TE
+        changed_TK, indices_TK = route(changed_TE, self.experts_per_token)
+        # softmax rounds differently in bfloat16 and in the change's float32, so the base's own weights are moved by
+        # the exact difference that the change makes, instead of being replaced.
+        base_TK = logits_TE.gather(-1, indices_TK)
+        moved_TK = changed_TK - functional.softmax(base_TK.to(changed_TK.dtype), dim=-1)
+        weights_TK = functional.softmax(base_TK, dim=-1) + moved_TK
+        return changed_TE, weights_TK.to(hidden_TD.dtype), indices_TK
+
+
+def route(logits_TE: torch.Tensor, experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate weights (T, K), the softmax over each token's K largest logits only, and the experts' indices (T, K)."""
+    chosen_TK, indices_TK = torch.topk(logits_TE, experts_per_token, dim=-1)
+    return functional.softmax(chosen_TK, dim=-1), indices_TK
+
+
+class PackedMixture(nn.Module):
+    """The feed-forward block: router, packed experts and, if attached, `shared_expert` and `router_delta`.
+
+    Gives (B, S, D) and the gate weights (T, K) for (B, S, D). With its additions off, or absent, it computes exactly
+    what the base does.
+    """
+
+    def __init__(self, config: NexusGptOssConfig):
+        super().__init__()
+        self.router = PackedRouter(config)
+        self.experts = PackedExperts(
+            experts=config.num_local_experts,
+            hidden_size=config.hidden_size,
+            width=config.intermediate_size,
+            alpha=config.swiglu_alpha,
+            limit=config.swiglu_limit,
+        )
+        self.shared_expert = new_shared_expert(config) if config.shared_expert_width else None
+        self.router_delta = new_router_delta(config) if config.has_router_delta else None
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        delta_TE = None
+        if self.router_delta is not None and not self.router_delta.is_off:
+            delta_TE = self.router_delta(hidden_TD.to(self.router_delta.weight.dtype))
+        _, weights_TK, indices_TK = self.router(hidden_TD, delta_TE)
+        output_TD = self.experts(hidden_TD, indices_TK, weights_TK)
+        if self.shared_expert is not None and not self.shared_expert.is_off:
+            output_TD = output_TD + self.shared_expert(hidden_TD)
+        return output_TD.view(hidden_states.shape), weights_TK
+
+
+def new_shared_expert(config: NexusGptOssConfig) -> SharedExpert:
+    """A shared expert of the configured width with the family's activation; its numbers are not set yet."""
+    activation = partial(swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+    shared_expert = SharedExpert(config.hidden_size, config.shared_expert_width, activation, has_bias=True)
+    # Read by _init_weights, which transformers calls for modules with parameters of their own only.
+    shared_expert.down_proj.starts_at_zero = True  # type: ignore[assignment]
+    return shared_expert
+
+
+def new_router_delta(config: NexusGptOssConfig) -> RouterDelta:
+    """A router change of zero."""
+    return RouterDelta(config.hidden_size, config.num_local_experts)
+
+
+class NexusRotaryEmbedding(GptOssRotaryEmbedding):
+    """transformers' rotary embedding whose frequencies stay float32 whatever type the model is cast to.
+
+    `.to(torch.bfloat16)`, which training engines call too, would round them: on a random model of 4 layers that
+    moves the logits by 15%.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            cast = self._buffers[name]
+            if cast is not None and cast.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(cast.device)
+        return self
+
+
+class NexusGptOssDecoderLayer(GptOssDecoderLayer):
+    """One layer; its forward is transformers', its feed-forward block is PackedMixture."""
+
+    def __init__(self, config: NexusGptOssConfig, layer_idx: int):
+        GradientCheckpointingLayer.__init__(self)  # the direct parent's would allocate dense experts
+        self.hidden_size = config.hidden_size
+        self.self_attn = GptOssAttention(config=config, layer_idx=layer_idx)
+        self.mlp = PackedMixture(config)  # type: ignore[assignment]
+        self.input_layernorm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class NexusGptOssPreTrainedModel(GptOssPreTrainedModel):
+    """What model and causal language model share: initialisation, what can be recorded, and strict loading."""
+
+    config: NexusGptOssConfig
+    config_class = NexusGptOssConfig
+    _no_split_modules = ["NexusGptOssDecoderLayer"]  # noqa: RUF012 - transformers' class attribute
+    # A step of 1e-5 vanishes in bfloat16; the changes are small enough (0.01% of the model) to stay float32.
+    _keep_in_fp32_modules_strict = ["router_delta"]  # noqa: RUF012
+    _can_compile_fullgraph = False  # the loop over experts depends on the data
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(PackedRouter, index=0),
+        "hidden_states": NexusGptOssDecoderLayer,
+        "attentions": GptOssAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Random, but zero where an addition must change nothing; packed experts are only ever loaded, so zero too."""
+        super()._init_weights(module)
+        if getattr(module, "starts_at_zero", False) or isinstance(module, RouterDelta | PackedExperts):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
+        elif isinstance(module, PackedRouter):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.normal_(module.bias, std=self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **keywords: Any) -> Any:
+        """As transformers', but strict: CheckpointError names tensors that are missing, unknown or misshapen."""
+        asked_for_info = keywords.pop("output_loading_info", False)
+        _refuse_damaged(pretrained_model_name_or_path, keywords)
+        keywords["ignore_mismatched_sizes"] = True  # refused below, with the names
+        with _without_load_report():
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *arguments, output_loading_info=True, **keywords
+            )
+        model, info = loaded
+        _refuse_unless_whole(str(pretrained_model_name_or_path), info)
+        for module in model.modules():
+            if isinstance(module, PackedExperts):
+                module.requires_grad_(False)  # loading sets it for the biases
+        return (model, info) if asked_for_info else model
+
+
+class NexusGptOssModel(NexusGptOssPreTrainedModel, GptOssModel):
+    """The decoder without the language-model head."""
+
+    def __init__(self, config: NexusGptOssConfig):
+        super(GptOssModel, self).__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [NexusGptOssDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = NexusRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GptOssForCausalLM):
+    """GPT-OSS as a causal language model, base or converted."""
+
+    def __init__(self, config: NexusGptOssConfig):
+        super(GptOssForCausalLM, self).__init__(config)
+        self.model = NexusGptOssModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
+
+    def attach_shared_expert(self, width: int) -> None:
+        """Give every layer a shared expert with random features and a zero output, of the model's type and device.
+
+        Raises UsageError if width is not positive or the model has shared experts already.
+        """
+        if width < 1:
+            raise UsageError(f"a shared expert of width {width}: it must have at least one neuron")
+        if self.config.shared_expert_width:
+            raise UsageError(f"this model already has shared experts, of width {self.config.shared_expert_width}")
+        self.config.shared_expert_width = width
+        for layer in self.model.layers:
+            weight = layer.mlp.router.weight
+            shared_expert = new_shared_expert(self.config).to(device=weight.device, dtype=weight.dtype)
+            for linear in shared_expert.children():
+                self._init_weights(linear)
+            layer.mlp.shared_expert = shared_expert
+
+    def attach_router_delta(self) -> None:
+        """Give every router a change of zero, in float32; a model that has them is left alone."""
+        if self.config.has_router_delta:
+            return
+        self.config.has_router_delta = True
+        for layer in self.model.layers:
+            layer.mlp.router_delta = new_router_delta(self.config).to(layer.mlp.router.weight.device)
+
+
+def _refuse_damaged(source: Any, keywords: dict[str, Any]) -> None:
+    """In a local folder: shards that are missing or cut short, and packed experts of another type than bytes, which
+    transformers would cast without a word."""
+    is_elsewhere = any(keywords.get(name) for name in ("state_dict", "subfolder", "variant", "gguf_file"))
+    if is_elsewhere or not isinstance(source, str | Path) or not Path(source).is_dir():
+        return
+    mistyped = [
+        f"{entry.name} {entry.dtype}, not U8"
+        for entry in CheckpointReader(Path(source)).entries.values()
+        if ".mlp.experts." in entry.name and entry.name.endswith(("_blocks", "_scales")) and entry.dtype != "U8"
+    ]
+    if mistyped:
+        raise CheckpointError(f"{source}: its packed experts are not bytes ({_some(mistyped)}); download it again")
+
+
+def _refuse_unless_whole(source: str, info: dict[str, Any]) -> None:
+    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    misshapen = [f"{name} {list(found)}, not {list(needed)}" for name, found, needed in sorted(info["mismatched_keys"])]
+    problems = [
+        f"{what}: {_some(names)}"
+        for what, names in (
+            ("missing tensors", missing),
+            ("unknown tensors", unknown),
+            ("tensors of another shape", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source}: its tensors do not fit its config.json ({'; '.join(problems)}); "
+            "copy, download or convert the checkpoint again"
+        )
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence transformers' table of tensors that did not fit: from_pretrained says the same as an error."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
