@@ -1,0 +1,147 @@
+"""`nexus convert`: one shared expert per layer, built from the model's own experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_core.cli.output import failure_as_json, json_option, print_json
+
+if TYPE_CHECKING:
+    from nexus_core.select import Selection
+
+
+@click.command("convert")
+@click.argument("model")
+@click.option(
+    "--selection",
+    "selection_file",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="selection.json of `nexus select`, or its folder.",
+)
+@click.option("--merge", help="How the chosen experts become one: mean (the default), top1.")
+@click.option("--start", metavar="zero|full|FACTOR", help="First output of the shared expert.  [default: zero]")
+@click.option("--width", type=int, help="Neurons of the shared expert; one routed expert's if left out.")
+@click.option("--seed", type=int, help="Seed of strategies that draw.")
+@click.option("--set", "parameters", metavar="KEY=VALUE", multiple=True, help="A parameter of the merge strategy.")
+@click.option(
+    "--statistics",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder of `nexus collect`, for the report on output change; by default the one the selection was made from.",
+)
+@click.option("--revision", help="Commit, branch or tag of a Hub id.")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@json_option
+def command(
+    model: str,
+    selection_file: Path,
+    merge: str | None,
+    start: str | None,
+    width: int | None,
+    seed: int | None,
+    parameters: tuple[str, ...],
+    statistics: Path | None,
+    revision: str | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Give MODEL one shared expert per layer, merged from the selected experts.
+
+    The model is never loaded: memory stays at a few experts. The base's weights are linked, or copied onto another
+    file system, byte for byte. DIR can then be trained, validated, talked to and loaded like any model.
+    """
+    with failure_as_json(as_json):
+        from nexus_core.checkpoint.source import open_checkpoint
+        from nexus_core.pipeline.store import atomic_folder
+        from nexus_core.recipe.load import section_from
+        from nexus_core.recipe.schema import Convert
+        from nexus_core.select import read_selection
+        from nexus_core.stages.convert import convert
+
+        values = {"merge": merge, "start": _factor(start), "width": width, "seed": seed}
+        settings = section_from(Convert, values, parameters)
+        checkpoint = open_checkpoint(model, revision)
+        _refuse_inside(out, checkpoint.folder)
+        selection = read_selection(selection_file)
+        moe_inputs = find_moe_inputs(statistics, selection, selection_file)
+        with atomic_folder(out) as folder:
+            metrics = convert(
+                checkpoint, selection, settings, folder, moe_inputs=moe_inputs, selection_file=str(selection_file)
+            )
+    if as_json:
+        print_json({"status": "done", "path": out, "metrics": metrics})
+    else:
+        click.echo("\n".join(_as_text(out, metrics)))
+
+
+def find_moe_inputs(statistics: Path | None, selection: Selection, selection_file: Path) -> Path | None:
+    """The layers' inputs that collect kept: in the named folder, else in the one the selection was made from.
+
+    None if there are none; raises UsageError if the named folder has none.
+    """
+    from nexus_core.errors import UsageError
+    from nexus_core.stages.convert import MOE_INPUTS_NAME
+
+    if statistics is not None:
+        found = statistics / MOE_INPUTS_NAME
+        if not found.is_file():
+            raise UsageError(
+                f"--statistics {statistics}: holds no {MOE_INPUTS_NAME}; name a folder that `nexus collect` wrote, or "
+                "leave it out"
+            )
+        return found
+    if selection.statistics is None:
+        return None
+    beside = selection_file if selection_file.is_dir() else selection_file.parent
+    found = beside.resolve() / selection.statistics / MOE_INPUTS_NAME
+    return found if found.is_file() else None
+
+
+def _factor(text: str | None) -> str | float | None:
+    try:
+        return float(text) if text is not None else None
+    except ValueError:
+        return text
+
+
+def _refuse_inside(out: Path, model: Path) -> None:
+    from nexus_core.errors import UsageError
+
+    place = out.expanduser().resolve()
+    if place == model.resolve() or model.resolve() in place.parents:
+        raise UsageError(f"--out {out}: lies in the model's own folder {model}; name a folder outside it")
+
+
+def _as_text(out: Path, metrics: Mapping[str, float | int | str]) -> list[str]:
+    import json
+
+    from nexus_core.cli.check import size
+    from nexus_core.stages.convert import REPORT_NAME
+
+    report = json.loads((out / REPORT_NAME).read_text())
+    added = (report["bytes_after"] - report["bytes_before"]) / report["bytes_before"]
+    lines = [
+        f"size        {size(report['bytes_before'])} before, {size(report['bytes_after'])} after (+{added:.1%}); "
+        f"base weights by {report['base_shards']}",
+        f"trainable   {report['trainable_parameters']:,} parameters: {len(report['layers'])} shared experts of width "
+        f"{report['width']}",
+    ]
+    if "relative_output_change" in metrics:
+        now, full = metrics["relative_output_change"], metrics["relative_output_change_at_full_start"]
+        lines.append(
+            f"start       {report['start']}: changes the layers' outputs by {now:.1%}; full would by {full:.1%}, "
+            f"cosine {metrics['cosine_to_routed_output']:.2f} (means over layers)"
+        )
+    lines += [f"left out    {sentence}" for sentence in report["left_out"]]
+    return [
+        *lines,
+        "",
+        f"model       {out}",
+        f"next        nexus train {out} --learn NAME=FILE --keep NAME=FILE --out DIR",
+    ]

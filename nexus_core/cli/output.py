@@ -1,0 +1,126 @@
+"""What the commands say and how: the answer on stdout, progress and errors on stderr, one exit code for each kind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nexus_core.errors import NexusError
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+# Libraries read these when they are imported; what a user has set stays.
+QUIET_ENVIRONMENT = {
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    # Loading a model would draw one per load; downloads have their own, see nexus_core.checkpoint.source.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A tokenizer that has run in threads complains at every fork of a data loader.
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+set_option = click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a setting of the recipe, e.g. train.max_steps=100; may be given again.",
+)
+
+
+def quieten(debug: bool = False) -> None:
+    """Silence what other libraries say about themselves; called before any of them is imported.
+
+    NEXUS's own warnings go to stderr, one line each. With `debug` nothing is silenced.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO if debug else logging.ERROR)
+    logging.getLogger("nexus_core").setLevel(logging.DEBUG if debug else logging.WARNING)
+    if debug:
+        return
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|transformers|datasets|mlflow|huggingface_hub)"
+    )
+
+
+def exit_code_of(error: BaseException, debug: bool) -> int:
+    """Say on stderr what went wrong, with the traceback if `debug`, and return the exit code."""
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our stdout has seen enough, as `head` does. Python flushes once more at exit: give it a sink.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if debug and not isinstance(error, click.ClickException):
+        traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        error.show(sys.stderr)
+        return error.exit_code
+    _to_stderr(sentence(error))
+    if isinstance(error, NexusError):
+        return error.exit_code
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt | click.Abort) else FAILED
+
+
+def sentence(error: BaseException) -> str:
+    """An error as the person at the keyboard reads it."""
+    if isinstance(error, NexusError):
+        return str(error)
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted"
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}; this is not expected, run again with --debug to see where it happens"
+
+
+def print_json(answer: Mapping[str, Any]) -> None:
+    """One line of JSON on stdout: paths as text, numbers that are not finite as null."""
+    click.echo(json.dumps(_jsonable(answer), ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def failure_as_json(as_json: bool, rest: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
+    """With `--json`, an error is also an object: status "failed", the error's text, and what `rest` gives."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if as_json:
+            print_json({"status": "failed", **rest(), "error": sentence(error)})
+        raise
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _jsonable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _to_stderr(text: str) -> None:
+    click.echo(f"{click.style('Error:', fg='red', bold=True)} {text}", err=True)

@@ -1,0 +1,265 @@
+"""The documents of a data set: its sources mixed by weight, in random order, tokenized."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from nexus_core.data.formats import Passage
+from nexus_core.data.records import find_format, load_records
+from nexus_core.errors import DataError
+from nexus_core.plugins import installed
+from nexus_core.recipe.schema import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Part = Literal["train", "held_out", "all"]
+
+# Records are drawn at random out of this many read ahead: smaller sources are shuffled fully, memory stays bounded.
+SHUFFLE_RECORDS = 10_000
+
+# Records tokenized at once; the tokenizer spreads them over the cores.
+TOKENIZED_AT_ONCE = 256
+
+# A document of one token has nothing to predict.
+SHORTEST_DOCUMENT = 2
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens (n,) int32 of one record; learns (n,) bool says which of them count in losses when they are predicted.
+
+    source: the path it came from. learns_end: whether the end token that packing puts behind it counts as well.
+    """
+
+    tokens: np.ndarray
+    learns: np.ndarray
+    source: str
+    learns_end: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class SourceReport:
+    """What became of one source's records, so that nothing is left out in silence.
+
+    records: read, of which `other_part` belong to the other part of the split and the next four could not be used;
+    first_problem is one of the unreadable ones' errors. passes: how often it was read to its end.
+    """
+
+    path: str
+    format: str = ""
+    records: int = 0
+    other_part: int = 0
+    empty: int = 0
+    too_short: int = 0
+    nothing_to_learn: int = 0
+    unreadable: int = 0
+    first_problem: str = ""
+    documents: int = 0
+    tokens: int = 0
+    passes: int = 0
+
+
+@dataclass(frozen=True)
+class Documents(Sequence[Document]):
+    """The documents of one data set, in the order they were drawn; report has one entry per source."""
+
+    items: list[Document]
+    report: list[SourceReport]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self.items)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents together."""
+        return sum(source.tokens for source in self.report)
+
+    def report_as_dict(self) -> list[dict[str, Any]]:
+        """The report as plain data."""
+        return [asdict(source) for source in self.report]
+
+
+def documents(
+    sources: Sequence[Source],
+    part: Part,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    limit_tokens: int | None = None,
+    candidates: int | None = None,
+    seed: int = 0,
+    repeat: bool = False,
+) -> Documents:
+    """The documents of a data set, the sources' tokens in the ratio of their weights as far as they last.
+
+    part: which side of each source's split by content hash. limit_tokens: stop as soon as there are so many tokens
+    and, where given, also `candidates` documents. repeat: read a source again when it has run out before the others,
+    so that the ratio holds; without it the others go on alone. Raises DataError if a source is missing, has other
+    fields than its format needs, or gives no document at all.
+    """
+    readers = [_SourceReader(source, part, tokenizer, (seed, number)) for number, source in enumerate(sources)]
+    if limit_tokens is None:
+        limit_tokens = 0 if candidates is not None else 2**62
+    items: list[Document] = []
+    taken = [0] * len(readers)
+    waiting = list(range(len(readers)))
+    while waiting and (sum(taken) < limit_tokens or len(items) < (candidates or 0)):
+        # The source that is furthest behind its share comes next.
+        number = min(waiting, key=lambda number: (taken[number] / sources[number].weight, number))
+        reader = readers[number]
+        document = next(reader, None)
+        if document is None:
+            others_go_on = any(other.report.passes == 0 for other in readers if other is not reader)
+            if repeat and others_go_on and reader.report.documents:
+                reader.start_again()
+            else:
+                waiting.remove(number)
+            continue
+        items.append(document)
+        taken[number] += len(document)
+    for reader in readers:
+        reader.refuse_if_empty()
+    return Documents(items, [reader.report for reader in readers])
+
+
+def is_held_out(record: Mapping[str, Any], share: float) -> bool:
+    """Whether a record belongs to the held-out part: decided by the SHA-256 of its content alone.
+
+    So equal records always fall on the same side, whatever file they are in and whatever is added to it later.
+    """
+    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+    digest = hashlib.sha256(canonical.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+class _SourceReader(Iterator[Document]):
+    """The documents of one source, in random order; iterates until one pass is over, then anew after start_again."""
+
+    def __init__(self, source: Source, part: Part, tokenizer: PreTrainedTokenizerFast, seed: tuple[int, ...]):
+        self.source, self.part, self.tokenizer, self.seed = source, part, tokenizer, seed
+        self.records = load_records(source)
+        self.report = SourceReport(source.path, find_format(source, self.records.field_names()))
+        self._format = installed().strategies("data_formats")[self.report.format].function
+        self._documents = self._one_pass()
+
+    def __next__(self) -> Document:
+        return next(self._documents)
+
+    def start_again(self) -> None:
+        self._documents = self._one_pass()
+
+    def refuse_if_empty(self) -> None:
+        report = self.report
+        if report.documents or not report.passes:
+            return
+        if report.other_part == report.records:
+            raise DataError(
+                f"{report.path}: none of its {report.records} records falls into the part '{self.part}' at held_out "
+                f"{self.source.held_out}; give more records, or change `held_out`"
+            )
+        reason = report.first_problem or (
+            f"{report.empty} are empty, {report.too_short} shorter than {SHORTEST_DOCUMENT} tokens, "
+            f"{report.nothing_to_learn} without anything to learn"
+        )
+        raise DataError(f"{report.path}: none of its {report.records} records can be used: {reason}")
+
+    def _one_pass(self) -> Iterator[Document]:
+        generator = np.random.default_rng([*self.seed, self.report.passes])
+        shuffled = _shuffled(self._records_of_part(), generator)
+        while batch := list(islice(shuffled, TOKENIZED_AT_ONCE)):
+            yield from self._tokenized([passage for record in batch if (passage := self._passage(record))])
+        self.report.passes += 1
+
+    def _records_of_part(self) -> Iterator[dict[str, Any]]:
+        report = self.report
+        damaged_before = report.unreadable
+        for record in self.records:
+            report.records += 1
+            if self.part == "all" or is_held_out(record, self.source.held_out) == (self.part == "held_out"):
+                yield record
+            else:
+                report.other_part += 1
+        report.records += self.records.damaged
+        report.unreadable += self.records.damaged
+        if report.unreadable > damaged_before:
+            report.first_problem = report.first_problem or self.records.first_damage
+
+    def _passage(self, record: dict[str, Any]) -> Passage | None:
+        try:
+            passage: Passage = self._format(record, self.source.fields, self.tokenizer)
+            # A lone half of a surrogate pair is valid in JSON but not in UTF-8.
+            passage.text.encode()
+        except (DataError, UnicodeEncodeError) as error:
+            self.report.unreadable += 1
+            self.report.first_problem = self.report.first_problem or f"{self.source.path}: a record: {error}"
+            return None
+        if not passage.text.strip():
+            self.report.empty += 1
+            return None
+        return passage
+
+    def _tokenized(self, passages: list[Passage]) -> Iterator[Document]:
+        if not passages:
+            return
+        report = self.report
+        encoded = self.tokenizer(
+            [passage.text for passage in passages],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        for passage, tokens, offsets in zip(passages, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if len(tokens) < SHORTEST_DOCUMENT:
+                report.too_short += 1
+                continue
+            learns = learnt_tokens(passage, np.array(offsets))
+            if not learns.any():
+                report.nothing_to_learn += 1
+                continue
+            learns_end = passage.learns_end and not self.records.pieces_of_text
+            report.documents += 1
+            report.tokens += len(tokens)
+            yield Document(np.array(tokens, dtype=np.int32), learns, self.source.path, learns_end)
+
+
+def learnt_tokens(passage: Passage, offsets: np.ndarray) -> np.ndarray:
+    """Which tokens (n,) touch a learnt character range. offsets (n, 2): each token's characters [start, end).
+
+    Some tokenizers trim white space off offsets, so that a line break's are empty and lie at its end: it belongs to
+    the range its end lies in.
+    """
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    learns = np.zeros(len(offsets), dtype=bool)
+    for start, end in passage.learnt:
+        learns |= (ends > start) & ((starts < end) | (ends <= end))
+    return learns
+
+
+def _shuffled(records: Iterable[dict[str, Any]], generator: np.random.Generator) -> Iterator[dict[str, Any]]:
+    ahead: list[dict[str, Any]] = []
+    for record in records:
+        if len(ahead) < SHUFFLE_RECORDS:
+            ahead.append(record)
+            continue
+        place = int(generator.integers(SHUFFLE_RECORDS))
+        yield ahead[place]
+        ahead[place] = record
+    for place in generator.permutation(len(ahead)):
+        yield ahead[place]

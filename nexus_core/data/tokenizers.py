@@ -1,0 +1,43 @@
+"""The tokenizer that lies beside a model's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nexus_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TOKENIZER_NAME = "tokenizer.json"
+
+# Base models are trained with this token between documents. A chat model's own end token often ends a turn instead,
+# and to see it after running text would be out of its distribution.
+DOCUMENT_END = "<|endoftext|>"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a model folder, with its chat template. Raises CheckpointError if it is not there."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = Path(folder) / TOKENIZER_NAME
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: has no {TOKENIZER_NAME}; copy it there from the model it was made from")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as error:  # the Rust library raises plain Exception for a file it cannot parse
+        raise CheckpointError(f"{file}: cannot be read ({error}); copy or download it again") from error
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token to put between documents: `<|endoftext|>` where the vocabulary has it, else the end token.
+
+    Raises CheckpointError if the tokenizer has neither.
+    """
+    known = tokenizer.get_added_vocab().get(DOCUMENT_END, tokenizer.eos_token_id)
+    if known is None:
+        raise CheckpointError(
+            f"{tokenizer.name_or_path}: its tokenizer has no end token; set eos_token in tokenizer_config.json"
+        )
+    return int(known)

@@ -1,0 +1,1 @@
+"""What routers do over many tokens: streamed moments, and the hooks that listen to a running model."""

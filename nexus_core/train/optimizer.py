@@ -1,0 +1,125 @@
+"""AdamW whose numbers are always float32, whatever the model computes in.
+
+A step of 1e-5 is lost in a bfloat16 weight of 0.1, whose neighbours are 5e-4 away. So every parameter in bfloat16 has
+a float32 master: gradients are summed into it, AdamW moves it, and the parameter is its rounded copy. A parameter
+that is float32 already is its own master.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from nexus_core.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters by name that share a learning rate: the step's, times `lr_multiplier`.
+
+    is_router: they stop learning when the schedule fixes the router.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    lr_multiplier: float = 1.0
+    is_router: bool = False
+
+
+class Optimizer:
+    """Decoupled AdamW over the groups' parameters; weight decay acts on matrices, not on biases.
+
+    Gradients of all backward passes since the last `step` are summed in float32. Its whole state is in
+    `state_tensors`, so a run can be continued to the bit.
+    """
+
+    def __init__(self, groups: Sequence[ParameterGroup], *, weight_decay: float = 0.0):
+        self._masters: dict[str, torch.Tensor] = {}
+        self._rounded: dict[str, nn.Parameter] = {}
+        self._hooks: list[RemovableHandle] = []
+        adam_groups = []
+        for group in groups:
+            for has_decay in (True, False):
+                members = {name: p for name, p in group.parameters.items() if (p.ndim >= 2) is has_decay}
+                for name, parameter in members.items():
+                    self._masters[name] = self._master(name, parameter)
+                if members:
+                    adam_groups.append(
+                        {
+                            "params": [self._masters[name] for name in members],
+                            "weight_decay": weight_decay if has_decay else 0.0,
+                            "lr_multiplier": group.lr_multiplier,
+                            "is_router": group.is_router,
+                        }
+                    )
+        # fused: one pass over memory, and no temporaries the size of all parameters
+        self._adam = torch.optim.AdamW(adam_groups, lr=0.0, fused=True)
+
+    def _master(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
+        if parameter.dtype in (torch.float32, torch.float64):
+            return parameter
+        master = parameter.detach().float().clone()
+        self._rounded[name] = parameter
+
+        def take_gradient(rounded: torch.Tensor) -> None:
+            assert rounded.grad is not None
+            gradient = rounded.grad.float()
+            master.grad = gradient if master.grad is None else master.grad + gradient
+            rounded.grad = None
+
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(take_gradient))
+        return master
+
+    def step(self, learning_rate: float, *, max_gradient_norm: float, router_learns: bool) -> float:
+        """Clip, move every parameter, forget the gradients; returns the gradient's norm before clipping.
+
+        Raises TrainingError, with nothing moved, if the norm is not finite.
+        """
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate * group["lr_multiplier"]
+            if group["is_router"] and not router_learns:
+                # without a gradient AdamW passes them over: no decay, no momentum
+                for master in group["params"]:
+                    master.grad = None
+        norm = float(torch.nn.utils.clip_grad_norm_(self._masters.values(), max_gradient_norm))
+        if not torch.isfinite(torch.tensor(norm)):
+            self._adam.zero_grad()
+            raise TrainingError(f"the gradient norm is {norm}")
+        self._adam.step()
+        self._adam.zero_grad()
+        self._round()
+        return norm
+
+    def _round(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self._rounded.items():
+                parameter.copy_(self._masters[name])
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Masters and AdamW's state, as `master/NAME`, `step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
+        tensors = {f"master/{name}": self._masters[name] for name in self._rounded}
+        for name, master in self._masters.items():
+            for kind, tensor in self._adam.state.get(master, {}).items():
+                tensors[f"{kind}/{name}"] = tensor
+        return tensors
+
+    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state_tensors` gave; parameters in bfloat16 become their masters' rounded copies."""
+        with torch.no_grad():
+            for name in self._rounded:
+                self._masters[name].copy_(tensors[f"master/{name}"])
+        self._round()
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind != "master":
+                master = self._masters[name]
+                self._adam.state[master][kind] = tensor.to(master.device, copy=True)
+
+    def close(self) -> None:
+        """Leave the model's parameters without hooks and gradients."""
+        for hook in self._hooks:
+            hook.remove()
+        self._adam.zero_grad()

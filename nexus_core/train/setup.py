@@ -1,0 +1,108 @@
+"""Readies a model for training: what learns, at which rate, and everything else frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from nexus_core.additions import RouterDelta
+from nexus_core.distill.signals import TEACHER_LOGITS, TEACHER_ROUTER_LOGITS, Signals
+from nexus_core.errors import TrainingError
+from nexus_core.plugins import Family
+from nexus_core.routing import ROUTER_DELTA
+from nexus_core.train.optimizer import ParameterGroup
+from nexus_core.types import Strategy
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A term of the training loss: its strategy, its weight, and the parameters its function is called with."""
+
+    strategy: Strategy
+    weight: float
+    parameters: BaseModel | None = None
+
+    @property
+    def name(self) -> str:
+        return self.strategy.name
+
+    @property
+    def compares(self) -> bool:
+        """Whether it looks at the teacher; such losses' weights can be warmed up."""
+        return bool(self.strategy.needs & {TEACHER_LOGITS, TEACHER_ROUTER_LOGITS})
+
+    def __call__(self, signals: Signals) -> torch.Tensor:
+        return self.strategy.function(signals, self.parameters)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run trains for and what of the router it may change. losses: those with a weight, at least one."""
+
+    losses: tuple[Loss, ...]
+    routing: Strategy
+    routing_parameters: BaseModel | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The signals that the losses read; no other is computed."""
+        return frozenset().union(*(loss.strategy.needs for loss in self.losses))
+
+
+def ready_parameters(
+    model: nn.Module, family: Family, objective: Objective, bias_lr_multiplier: float
+) -> list[ParameterGroup]:
+    """Freeze the model, give its routers a change if the routing strategy needs one, and return what learns.
+
+    Groups: shared experts first, then the router's parameters by learning rate. Raises TrainingError if the family
+    names nothing to train.
+    """
+    if ROUTER_DELTA in objective.routing.needs:
+        family.hook.nexus_attach_router_delta(model=model)
+    model.requires_grad_(False)
+    trainables: dict[str, nn.Parameter] = family.hook.nexus_trainable_parameters(model=model)
+    router_names = router_parameter_names(model)
+    shared = {name: parameter for name, parameter in trainables.items() if name not in router_names}
+    if not shared:
+        raise TrainingError("the model has nothing to train: no shared expert was found in it; run nexus convert first")
+    multipliers = objective.routing.function(
+        [name for name in trainables if name in router_names], bias_lr_multiplier, objective.routing_parameters
+    )
+    groups = [ParameterGroup(shared)]
+    for multiplier in sorted(set(multipliers.values()), reverse=True):
+        members = {name: trainables[name] for name, own in multipliers.items() if own == multiplier}
+        groups.append(ParameterGroup(members, multiplier, is_router=True))
+    for group in groups:
+        for parameter in group.parameters.values():
+            parameter.requires_grad_(True)
+    return groups
+
+
+def router_parameter_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of all router changes in the model."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, RouterDelta)
+        for name, _ in module.named_parameters()
+    }
+
+
+def recompute_activations(model: Any) -> None:
+    """Let the layers compute their activations again in the backward pass.
+
+    The model stays in evaluation mode, without dropout; only the layers' own switch is set to training, because
+    transformers recomputes in no other mode. Not reentrant: what hooks caught must keep its graph.
+    """
+    # transformers 5.23 renamed it; both take the same first argument.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    # What it switches on for reentrant recomputation only would send gradients down to the embeddings.
+    model.disable_input_require_grads()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True

@@ -1,0 +1,174 @@
+"""The command line as a whole: quick help, one sentence per error, the right exit code."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from nexus_core import __version__, plugins
+from nexus_core.cli import COMMANDS, main, nexus
+from nexus_core.errors import StageError
+from nexus_core.hookspecs import hookimpl
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "mlflow",
+    "sklearn",
+    "datasets",
+    "pydantic",
+    "numpy",
+    "matplotlib",
+    "yaml",
+)
+
+
+def call(*arguments: str) -> int:
+    """Exit code of `nexus ARGUMENTS`."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["check", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom nexus_core.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_answers_in_half_a_second() -> None:
+    """In seconds of computing, so that a busy machine makes no difference."""
+
+    def seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = seconds()
+    subprocess.run([sys.executable, "-m", "nexus_core", "--help"], capture_output=True, check=True)
+    assert seconds() - before < 0.5
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_module_and_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = nexus.get_command(click.Context(nexus), name)
+    assert isinstance(command, click.Command)
+    assert command.name == name
+    assert call(name, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"Usage: nexus {name} ")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_a_misspelt_command_is_met_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("colect") == 2
+    assert "Error: there is no command 'colect'; did you mean 'collect'?" in capsys.readouterr().err
+
+
+def test_a_misspelt_flag_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "recipe.yaml", "--untli", "train") == 2
+    assert "--until" in capsys.readouterr().err
+
+
+class BringsCommands:
+    """A plugin with commands that end in every way a command can."""
+
+    error: BaseException = ValueError("first line\nsecond line")
+
+    @hookimpl
+    def nexus_cli_commands(self) -> list[click.Command]:
+        @click.command("hello")
+        def hello() -> None:
+            click.echo("hello from a plugin")
+
+        @click.command("fail")
+        def fail() -> None:
+            raise self.error
+
+        return [hello, fail]
+
+
+@pytest.fixture
+def brings(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    plugin = BringsCommands()
+    plugins.installed().register(plugin, "brings", "test")
+    yield plugin
+    plugins.installed().unregister("brings")
+
+
+def test_a_plugins_command_is_found(brings: BringsCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("hello") == 0
+    assert capsys.readouterr().out == "hello from a plugin\n"
+    assert call("helo") == 2
+    assert "did you mean 'hello'" in capsys.readouterr().err
+
+
+def test_an_expected_error_is_its_sentence(brings: BringsCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    brings.error = StageError("layer 7 has no expert 32")
+    assert call("fail") == 1
+    captured = capsys.readouterr()
+    assert captured.err == "Error: layer 7 has no expert 32\n"
+    assert captured.out == ""
+
+
+def test_an_unexpected_error_is_one_sentence_and_a_traceback_only_with_debug(
+    brings: BringsCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("fail") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("Error: ValueError: first line; this is not expected, run again with --debug")
+    assert call("fail", "--debug") == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_130(brings: BringsCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    brings.error = KeyboardInterrupt()
+    assert call("fail") == 130
+    assert capsys.readouterr().err.strip() == "Error: interrupted"
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -m nexus_core plugins | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_plugins_are_listed_with_what_they_bring(
+    brings: BringsCommands, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [plugins.BrokenPlugin("lame", "lame 0.1", "ImportError: no leg")]
+    monkeypatch.setattr(plugins.installed(), "broken", broken)
+    assert call("plugins", "--json") == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["plugins"]["brings"]["brings"]["commands"] == ["fail", "hello"]
+    assert answer["plugins"]["gpt_oss"]["is_family"]
+    assert not answer["plugins"]["brings"]["is_family"]
+    assert "pca" in answer["plugins"]["nexus_core"]["brings"]["selection"]
+    assert answer["broken"] == [{"name": "lame", "source": "lame 0.1", "reason": "ImportError: no leg"}]
+    assert call("plugins") == 0
+    said = capsys.readouterr().out
+    assert "lame  lame 0.1  broken\n  ImportError: no leg" in said
+    assert "commands   fail, hello" in said
+
+
+def test_python_m_is_the_same(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nexus_core", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert __version__ in done.stdout

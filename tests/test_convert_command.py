@@ -1,0 +1,182 @@
+"""`nexus convert`: what it says, what it refuses, what it leaves when it is killed, and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpt_oss_checkpoints import rewrite_tensors, write_tiny_checkpoint
+
+import nexus_core
+from nexus_core.cli import main
+from nexus_core.select import LayerSelection, Selection, write_selection
+
+LAYERS, EXPERTS = 2, 8
+SELECTION = Selection(
+    strategy="pca",
+    top_k="auto",
+    layers=(LayerSelection(layer=0, experts=(5, 2, 7)), LayerSelection(layer=1, experts=(0, 3))),
+)
+
+
+def call(*arguments: object) -> int:
+    """Exit code of `nexus ARGUMENTS`."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return int(caught.value.code or 0)
+
+
+def write_for_command(tmp_path: Path) -> tuple[Path, Path]:
+    """A base checkpoint of its own and a selection for it."""
+    (tmp_path / "chosen").mkdir()
+    folder = write_tiny_checkpoint(tmp_path / "base", layers=LAYERS, experts=EXPERTS)
+    return folder, write_selection(SELECTION, tmp_path / "chosen")
+
+
+def test_the_command_converts_and_says_sizes_and_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = write_for_command(tmp_path)
+
+    assert call("convert", folder, "--selection", file, "--start", "0.5", "--out", tmp_path / "out") == 0
+
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "out/convert_report.json").read_text())
+    assert "before" in said
+    assert "after" in said
+    assert f"{report['trainable_parameters']:,} parameters" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--merge", "meen"], "did you mean 'mean'"),
+        (["--start", "half"], "zero"),
+        (["--width", "48"], "leave width out"),
+        (["--set", "alpha=1"], "alpha"),
+    ],
+)
+def test_the_command_refuses_bad_options_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    folder, file = write_for_command(tmp_path)
+
+    assert call("convert", folder, "--selection", file, *options, "--out", tmp_path / "out") == 2
+
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_never_writes_into_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = write_for_command(tmp_path)
+    before = sorted(folder.iterdir())
+
+    for out in (folder, folder / "converted", folder / "a" / ".." / "b"):
+        assert call("convert", folder, "--selection", file, "--out", out) == 2
+        assert "lies in the model's own folder" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_truncated_shard_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = write_for_command(tmp_path)
+    shard = folder / "model-00002-of-00002.safetensors"
+    os.truncate(shard, shard.stat().st_size - 100)
+
+    assert call("convert", folder, "--selection", file, "--out", tmp_path / "out") == 2
+
+    assert "truncated" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "chosen"]
+
+
+def test_a_missing_expert_tensor_is_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = write_for_command(tmp_path)
+    rewrite_tensors(folder, drop="model.layers.1.mlp.experts.down_proj_scales")
+
+    assert call("convert", folder, "--selection", file, "--out", tmp_path / "out") == 2
+
+    assert "'model.layers.1.mlp.experts.down_proj_scales' (layer 1, expert 0) is in no shard" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_conversion_is_not_there_and_can_be_done_again(tmp_path: Path) -> None:
+    folder, file = write_for_command(tmp_path)
+    arguments = ["convert", str(folder), "--selection", str(file), "--out", str(tmp_path / "out")]
+    program = (
+        "import os, signal\nimport nexus_core.stages.convert as stage\nfrom nexus_core.cli import main\n"
+        "stage.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"main({arguments!r})"
+    )
+
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert call(*arguments) == 0
+    assert nexus_core.load(tmp_path / "out").config.shared_expert_width == 32
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_that_may_not_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = write_for_command(tmp_path)
+    (tmp_path / "locked").mkdir(0o555)
+
+    assert call("convert", folder, "--selection", file, "--out", tmp_path / "locked" / "out") == 2
+    assert "cannot be written: Permission denied" in capsys.readouterr().err
+
+
+PEAK_OF_CONVERT = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from nexus_core.checkpoint.source import open_checkpoint
+from nexus_core.recipe.schema import Convert
+from nexus_core.select import LayerSelection, Selection
+from nexus_core.stages.convert import convert
+import nexus_gpt_oss.mxfp4
+
+torch.set_num_threads(1)
+checkpoint = open_checkpoint(sys.argv[1])
+layers = tuple(LayerSelection(layer=layer, experts=(0, 1, 2)) for layer in checkpoint.description.layers)
+
+def anonymous_kb():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+before, peak, is_done = anonymous_kb(), 0, False
+def watch():
+    global peak
+    while not is_done:
+        peak = max(peak, anonymous_kb())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+convert(checkpoint, Selection(strategy="x", top_k=3, layers=layers), Convert(), Path(sys.argv[2]))
+is_done = True
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    hidden = 640
+    expert_kb = 3 * hidden * hidden * 4 // 1024  # 4.8 MB in float32
+
+    def peak_kb(layers: int) -> int:
+        model, out = tmp_path / f"base{layers}", tmp_path / f"out{layers}"
+        write_tiny_checkpoint(model, layers=layers, experts=3, hidden=hidden, width=hidden)
+        out.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK_OF_CONVERT, str(model), str(out)], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    two, eight = peak_kb(2), peak_kb(8)
+
+    assert eight < two + expert_kb  # all layers at once would be 6 experts of half that size more
+    assert eight < 6 * expert_kb

@@ -1,0 +1,131 @@
+"""Records to text, and which characters of it are learnt."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
+
+from nexus_core.data.documents import learnt_tokens
+from nexus_core.data.formats import STRATEGIES, Passage, detect, messages, prompt_response, text
+from nexus_core.errors import DataError
+
+PLAIN = byte_tokenizer()
+CHAT = byte_tokenizer(chat_template=CHAT_TEMPLATE)
+
+
+def learnt_text(passage: Passage) -> list[str]:
+    return [passage.text[start:end] for start, end in passage.learnt]
+
+
+@pytest.mark.parametrize(
+    ("names", "fields", "expected"),
+    [
+        (["text", "meta"], {}, "text"),
+        (["question", "answer"], {}, "prompt_response"),
+        (["instruction", "input", "output"], {}, "prompt_response"),
+        (["messages", "text"], {}, "messages"),
+        (["text", "code"], {}, "text"),
+        (["text", "code"], {"prompt": "text", "response": "code"}, "prompt_response"),
+        (["body"], {"text": "body"}, "text"),
+        (["chat"], {"messages": "chat"}, "messages"),
+    ],
+)
+def test_format_goes_by_field_names(names, fields, expected):
+    assert detect(names, fields) == expected
+
+
+def test_unknown_fields_and_roles_are_refused():
+    with pytest.raises(DataError, match=r"has the fields a, b, which fit no format; .*`fields: \{text: a\}`"):
+        detect(["a", "b"])
+    with pytest.raises(DataError, match="names the role 'promt'; did you mean 'prompt'"):
+        detect(["a"], {"promt": "a"})
+
+
+def test_text_is_learnt_whole():
+    assert text({"text": "a b"}, {}, PLAIN) == Passage("a b", ((0, 3),))
+
+
+def test_response_alone_is_learnt():
+    passage = prompt_response({"question": "1+1?", "answer": "2"}, {}, PLAIN)
+    assert passage.text == "1+1?\n2"
+    assert learnt_text(passage) == ["2"]
+    assert passage.learns_end
+
+
+def test_alpacas_input_belongs_to_the_prompt():
+    passage = prompt_response({"instruction": "Add.", "input": "1 1", "output": "2"}, {}, PLAIN)
+    assert passage.text == "Add.\n1 1\n2"
+
+
+def test_prompt_and_response_in_the_chat_template():
+    passage = prompt_response({"prompt": "Hi", "response": "Ho"}, {}, CHAT)
+    assert passage.text == "<|start|>user<|message|>Hi<|end|><|start|>assistant<|message|>Ho<|return|>"
+    assert learnt_text(passage) == ["Ho<|return|>"]
+    assert not passage.learns_end
+
+
+def test_every_assistant_turn_is_learnt_although_the_template_ends_the_last_one_otherwise():
+    turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")]
+    record = {"messages": [{"role": role, "content": content, "name": None} for role, content in turns]}
+    passage = messages(record, {}, CHAT)
+    encoded = CHAT(passage.text, add_special_tokens=False, return_offsets_mapping=True)
+    learns = learnt_tokens(passage, np.array(encoded["offset_mapping"]))
+    learnt = CHAT.decode(np.array(encoded["input_ids"])[learns])
+    assert learnt == "B<|end|>D<|return|>"
+
+
+def test_a_turn_whose_reasoning_is_dropped_later_is_still_learnt():
+    with_reasoning = CHAT_TEMPLATE.replace(
+        "<|message|>{{ turn['content'] }}",
+        "<|message|>{% if loop.last and turn.thinking %}({{ turn.thinking }}) {% endif %}{{ turn['content'] }}",
+    )
+    tokenizer = byte_tokenizer(chat_template=with_reasoning)
+    turns = [
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "B", "thinking": "hm"},
+        {"role": "user", "content": "C"},
+        {"role": "assistant", "content": "D", "thinking": "hm"},
+    ]
+    passage = messages({"messages": turns}, {}, tokenizer)
+    assert learnt_text(passage) == ["B", "(hm) D<|return|>"]
+
+
+def test_todays_date_never_gets_into_the_tokens():
+    dated = byte_tokenizer(chat_template="{{ strftime_now('%Y-%m-%d') }}" + CHAT_TEMPLATE)
+    passage = prompt_response({"prompt": "Hi", "response": "Ho"}, {}, dated)
+    assert passage.text.startswith("2025-01-01<|start|>")
+
+
+@pytest.mark.parametrize(
+    ("function", "record", "tokenizer", "message"),
+    [
+        (text, {"text": None}, PLAIN, "its field 'text' is NoneType, not text"),
+        (text, {"body": "x"}, PLAIN, "has no field 'text'"),
+        (messages, {"messages": []}, CHAT, "not a list of turns"),
+        (messages, {"messages": [{"from": "x", "value": "y"}]}, CHAT, "a message has from, value; it needs role and"),
+        (messages, {"messages": [{"role": "user", "content": "x"}]}, PLAIN, "has no chat template"),
+    ],
+)
+def test_records_that_do_not_fit(function, record, tokenizer, message):
+    with pytest.raises(DataError, match=message):
+        function(record, {}, tokenizer)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_rather_than_masked_wrongly():
+    rewriting = byte_tokenizer(chat_template="{{ messages | length }}" + CHAT_TEMPLATE)
+    with pytest.raises(DataError, match="writes earlier turns otherwise"):
+        prompt_response({"prompt": "Hi", "response": "Ho"}, {}, rewriting)
+
+
+def test_tokens_that_touch_a_learnt_range_are_learnt_even_if_white_space_is_trimmed_off_offsets():
+    passage = Passage("ab\ncd\nef", ((3, 6),))
+    #                  ab      \n      cd      \n      ef
+    full = np.array([[0, 2], [2, 3], [3, 5], [5, 6], [6, 8]])
+    trimmed = np.array([[0, 2], [3, 3], [3, 5], [6, 6], [6, 8]])
+    assert learnt_tokens(passage, full).tolist() == [False, False, True, True, False]
+    assert learnt_tokens(passage, trimmed).tolist() == [False, False, True, True, False]
+
+
+def test_strategies_are_the_three_formats():
+    assert [strategy.name for strategy in STRATEGIES] == ["text", "prompt_response", "messages"]
