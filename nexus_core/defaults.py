@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexus_core.hookspecs import hookimpl
-from nexus_core.types import RouterOutput, Strategy
+from nexus_core.types import ExpertWeights, MoeBlock, RouterOutput, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,19 @@ def nexus_neuron_activations(config: Mapping[str, Any], gate: torch.Tensor, up: 
     from torch.nn import functional
 
     return functional.silu(gate) * up if config.get("hidden_act") == "silu" else None
+
+
+@hookimpl(trylast=True)
+def nexus_expert_weights(block: MoeBlock, expert: int, dtype: torch.dtype) -> ExpertWeights | None:
+    import torch
+
+    experts: Any = getattr(block.block, "experts", None)
+    held = [getattr(experts, name, None) for name in ("gate_up_proj", "down_proj")]
+    if not all(isinstance(tensor, torch.Tensor) and tensor.ndim == 3 and tensor.itemsize >= 2 for tensor in held):
+        return None
+    gate_up, down = (tensor[expert].detach().to(dtype) for tensor in held)
+    gate, up = gate_up.chunk(2)
+    return ExpertWeights(gate, up, down)
 
 
 @hookimpl(trylast=True)

@@ -81,3 +81,10 @@ def suggestion(given: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    # torch has a class of its own for GPUs only; on a CPU it is its allocator's RuntimeError.
+    is_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return is_torch or isinstance(error, MemoryError)

@@ -14,11 +14,12 @@ Three kinds of hook:
 Shapes: L layers, E experts, K experts per token, T tokens, D hidden size, F expert width.
 """
 
+# mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
     from nexus_core.checkpoint.reader import CheckpointReader
 
 PROJECT = "nexus"
+
+# Raised when a hook is removed, or changes so that an implementation written before may be wrong: another name, an
+# argument less, another shape, unit or meaning. New hooks and new arguments do not raise it. A plugin says which
+# version it was written for with `NEXUS_HOOKS = 1`; the promise and the list of changes are in docs/hooks.md.
+HOOKS_VERSION = 1
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -87,18 +93,39 @@ def nexus_read_expert(
 
 
 @hookspec(firstresult=True)
-def nexus_dequantize(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+def nexus_read_expert_rows(
+    reader: CheckpointReader,
+    config: Mapping[str, Any],
+    layer: int,
+    expert: int,
+    projection: Literal["gate", "up", "down"],
+    rows: slice,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Some rows of one matrix of a routed expert, dense, in `dtype`, and the same rows of its bias or None.
+
+    rows: start and stop, step 1, of gate or up (F, D) or of down (D, F), as `nexus_read_expert` would give them. With it
+    convert works in tiles that stay in the processor's cache. A family that does not answer it is read by whole experts.
+    """
+
+
+@hookspec(firstresult=True)
+def nexus_dequantize(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor | None:
     """The dense form of one stored weight, given the tensors that store it by their role.
 
-    tensors: role to tensor, e.g. {"blocks": (..., G, 16) uint8, "scales": (..., G) uint8}; the roles are the
-    family's own. Default: the only tensor, converted.
+    config: for settings of the storage, such as the size of a block. tensors: role to tensor, e.g. {"blocks":
+    (..., G, 16) uint8, "scales": (..., G) uint8}; the roles are the family's own. Default: the only tensor, converted.
     """
 
 
 @hookspec(firstresult=True)
 def nexus_stored_bytes(config: Mapping[str, Any]) -> Mapping[str, int] | None:
     """Bytes of the checkpoint by part, from the config alone: "routed_experts", "router", "attention", "embeddings",
-    "shared_experts". Called by `nexus check` to tell memory and disk before anything is read."""
+    "shared_experts" (NEXUS's and the base's own), "dense_layers" where some have no experts. Norms count with what they
+    precede. Called by `nexus check` to tell memory and disk before anything is read.
+    """
 
 
 @hookspec(firstresult=True)
@@ -136,11 +163,14 @@ def nexus_router_logits(output: Any) -> RouterOutput | None:
 
 @hookspec(firstresult=True)
 def nexus_gate_weights(
-    config: Mapping[str, Any], logits: torch.Tensor
+    config: Mapping[str, Any], logits: torch.Tensor, router: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The family's routing rule alone: logits (T, E) to gate weights (T, K) and expert indices (T, K).
 
-    Used where only logits are at hand (stored statistics, tests that replay a router).
+    router: the layer's router's own tensors by name, as its `named_parameters` and `named_buffers` give them, for rules
+    that choose by more than the logits, such as a selection bias; most leave the argument out. The weights may be in
+    float32 where the running model rounds them. Used where only logits are at hand (stored statistics, tests that
+    replay a router).
     """
 
 
@@ -149,7 +179,18 @@ def nexus_neuron_activations(config: Mapping[str, Any], gate: torch.Tensor, up: 
     """What an expert's neurons put out: the family's activation of gate and up (T, F) each, as (T, F).
 
     gate, up: after their biases. With the expert's linear maps, which core knows, this is the whole expert; convert
-    uses it to tell what a merged expert does to its layer. Default: silu(gate) * up, where config says `hidden_act: silu`.
+    uses it to tell what a merged expert does to its layer. Default: silu(gate) * up, where config says
+    `hidden_act: silu`.
+    """
+
+
+@hookspec(firstresult=True)
+def nexus_expert_weights(block: MoeBlock, expert: int, dtype: torch.dtype) -> ExpertWeights | None:
+    """One routed expert of a running model, dense, in canonical layout and `dtype`, on the model's device.
+
+    The counterpart of `nexus_read_expert` in memory. Called by collect, for every expert of every batch, where neuron
+    saliency is asked for. Default: `experts.gate_up_proj` (E, 2F, D), gate above up, and `experts.down_proj` (E, D, F)
+    of the block, as transformers holds most families.
     """
 
 
@@ -197,8 +238,9 @@ def nexus_shared_expert_tensors(
 ) -> dict[str, torch.Tensor] | None:
     """The tensors, by their name on disk, that hold this layer's shared expert in a converted checkpoint.
 
-    In the type they are stored in. Renames, reshapes and casts only: convert first calls it with tensors on the "meta"
-    device, which have no values, to learn names, types and shapes before anything is computed.
+    Under the names of the model's parameters, by which train finds and replaces them, and in the type they are stored
+    in. Casts only: convert first calls it with tensors on the "meta" device, which have no values, to learn names, types
+    and shapes before anything is computed.
     """
 
 

@@ -17,7 +17,9 @@ class Progress:
     a second prints nothing but the closing line.
     """
 
-    def __init__(self, label: str, total: int, unit: str, *, stream: TextIO | None = None, interval_seconds: float = 5.0):
+    def __init__(
+        self, label: str, total: int, unit: str, *, stream: TextIO | None = None, interval_seconds: float = 5.0
+    ):
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
         self.stream = stream or sys.stderr

@@ -109,7 +109,8 @@ class Strategy:
     function: pure; no files, no devices; what it takes and returns is documented in the module that calls it
     (`nexus_core.select`, `merge`, `routing`, `distill`). parameters: pydantic model of the settings that a recipe may
     give beside the strategy's name, None when it has none. needs: names of the statistics it reads, so that collect
-    gathers them.
+    gathers them. refuses: of merges, called as (MergeRequest, parameters) before anything is read; says what of it
+    makes no sense, or None.
     """
 
     name: str
@@ -117,6 +118,34 @@ class Strategy:
     summary: str
     parameters: type[BaseModel] | None = None
     needs: frozenset[str] = frozenset()
+    refuses: Callable[..., Refusal | None] | None = None
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What a merge strategy is asked for, as far as it is known before anything is read; None is not known yet.
+
+    merge: the strategy's name. width: neurons of the shared expert. expert_width, experts: F and E of the model.
+    chosen: selected experts per layer. kept_inputs: MoE inputs that collect keeps per layer. learnt, kept: names of the
+    data sets over which statistics are collected that are to be learnt, and the others.
+    """
+
+    merge: str
+    width: int
+    expert_width: int
+    experts: int
+    chosen: int | None = None
+    kept_inputs: int | None = None
+    learnt: tuple[str, ...] | None = None
+    kept: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something cannot be done, and the way out. key: the setting to change, such as `width`."""
+
+    key: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -134,7 +163,7 @@ class RunDescription:
     """One `nexus run`, as observers see it.
 
     settings: the resolved recipe as plain data. source: the recipe's own text. execution: what never enters a key
-    (store, tracking, device, processes, versions, git state).
+    (store, tracking, device, processes, versions).
     """
 
     recipe: str

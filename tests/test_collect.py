@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from nexus_core.checkpoint.source import open_checkpoint
 from nexus_core.cli import nexus
+from nexus_core.data.samples import draw
 from nexus_core.errors import DataError, NexusError, StageError
 from nexus_core.models import choose_device, compute_dtype, load
 from nexus_core.recipe.schema import Collect, Source
-from nexus_core.stages.collect import STAGE, collect, draw
+from nexus_core.stages.collect import STAGE, collect
 from nexus_core.statistics.moments import RouterStatistics
 
 SETTINGS = Collect(tokens=600, sequence_length=32, batch_size=4, keep_inputs=50, keep_probabilities=True)

@@ -49,7 +49,7 @@ def slow_greedy(documents: list[Document], tokens: int) -> list[int]:
 def test_coverage_is_the_slow_greedy(seed):
     documents = pool(40, seed)
     for tokens in (1, 100, 400, 10_000):
-        assert coverage(documents, tokens, VOCABULARY, np.random.default_rng(0)) == slow_greedy(documents, tokens)
+        assert list(coverage(documents, tokens, VOCABULARY, np.random.default_rng(0))) == slow_greedy(documents, tokens)
 
 
 def test_coverage_is_nearer_to_the_pool_than_chance_and_uses_more_of_the_vocabulary():

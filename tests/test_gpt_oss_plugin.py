@@ -159,13 +159,14 @@ def test_an_expert_that_is_not_there_is_refused(base: Path, family: Family) -> N
 
 
 def test_dequantize_takes_blocks_and_scales_and_leaves_plain_tensors_to_core(base: Path, family: Family) -> None:
-    reference = ReferenceGptOss(base)
+    checkpoint, reference = open_checkpoint(base), ReferenceGptOss(base)
     prefix = "model.layers.0.mlp.experts.down_proj"
     roles = {role: reference.tensors[f"{prefix}_{role}"] for role in ("blocks", "scales")}
-    dense = family.hook.nexus_dequantize(tensors=roles, dtype=torch.float32)
+    dense = family.hook.nexus_dequantize(config=checkpoint.config, tensors=roles, dtype=torch.float32)
     assert torch.equal(dense[3], reference.matrix(0, "down_proj", 3))
     bias = reference.tensors[f"{prefix}_bias"]
-    assert torch.equal(family.hook.nexus_dequantize(tensors={"bias": bias}, dtype=torch.float32), bias.float())
+    plain = family.hook.nexus_dequantize(config=checkpoint.config, tensors={"bias": bias}, dtype=torch.float32)
+    assert torch.equal(plain, bias.float())
 
 
 def test_gate_weights_are_those_of_the_running_router(base: Path, family: Family) -> None:

@@ -109,7 +109,9 @@ def test_a_family_falls_back_on_cores_defaults() -> None:
     output = hook.nexus_router_logits(output=(logits, weights, indices))
     assert isinstance(output, RouterOutput)
     assert output.logits is logits
-    dense = hook.nexus_dequantize(tensors={"weight": torch.ones(2, dtype=torch.bfloat16)}, dtype=torch.float32)
+    dense = hook.nexus_dequantize(
+        config={}, tensors={"weight": torch.ones(2, dtype=torch.bfloat16)}, dtype=torch.float32
+    )
     assert dense.dtype == torch.float32
 
 

@@ -162,19 +162,28 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: has no tensor '{name}'{_nearest(name, self.entries)}")
         return self.entries[name]
 
-    def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """The tensor, or its slice `[index]` along the first dimension, in its stored type."""
-        return read_tensor(self.entry(name), index)
+    def read(self, name: str, index: int | None = None, rows: slice | None = None) -> torch.Tensor:
+        """The tensor, or its slice `[index]` along the first dimension, in its stored type; see `read_tensor`."""
+        return read_tensor(self.entry(name), index, rows)
 
 
-def read_tensor(entry: TensorEntry, index: int | None = None) -> torch.Tensor:
-    """The tensor at a place that `read_header` gave, or its slice `[index]` along the first dimension."""
+def read_tensor(entry: TensorEntry, index: int | None = None, rows: slice | None = None) -> torch.Tensor:
+    """The tensor at a place that `read_header` gave, or its slice `[index]` along the first dimension.
+
+    rows: of what that leaves, only these along its first dimension, start and stop; only their bytes are read.
+    """
     shape, start, length = entry.shape, entry.start, entry.stored_bytes
     if index is not None:
         if not shape or not 0 <= index < shape[0]:
             raise CheckpointError(f"{entry.shard}: tensor '{entry.name}' {list(shape)} has no slice {index}")
         length //= shape[0]
         start, shape = start + index * length, shape[1:]
+    if rows is not None:
+        if not shape or not 0 <= rows.start <= rows.stop <= shape[0]:
+            raise CheckpointError(f"{entry.shard}: tensor '{entry.name}' {list(entry.shape)} has no rows {rows}")
+        row_bytes = length // shape[0] if shape[0] else 0
+        start, length = start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
+        shape = (rows.stop - rows.start, *shape[1:])
     return read_bytes(entry.shard, start, length).view(DTYPES[entry.dtype]).reshape(shape)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -15,6 +16,7 @@ from nexus_core.data.formats import Passage
 from nexus_core.data.records import find_format, load_records
 from nexus_core.errors import DataError
 from nexus_core.plugins import installed
+from nexus_core.progress import Progress
 from nexus_core.recipe.schema import Source
 
 if TYPE_CHECKING:
@@ -114,25 +116,27 @@ def documents(
     fields than its format needs, or gives no document at all.
     """
     readers = [_SourceReader(source, part, tokenizer, (seed, number)) for number, source in enumerate(sources)]
+    at_least = candidates or 0
     if limit_tokens is None:
-        limit_tokens = 0 if candidates is not None else 2**62
+        limit_tokens = 0 if at_least else sys.maxsize
     items: list[Document] = []
     taken = [0] * len(readers)
     waiting = list(range(len(readers)))
-    while waiting and (sum(taken) < limit_tokens or len(items) < (candidates or 0)):
-        # The source that is furthest behind its share comes next.
-        number = min(waiting, key=lambda number: (taken[number] / sources[number].weight, number))
-        reader = readers[number]
-        document = next(reader, None)
-        if document is None:
-            others_go_on = any(other.report.passes == 0 for other in readers if other is not reader)
-            if repeat and others_go_on and reader.report.documents:
-                reader.start_again()
+    # Where documents are counted too, or there is no limit, nobody knows how many tokens there will be.
+    total = 0 if at_least or limit_tokens == sys.maxsize else limit_tokens
+    with Progress("read", total, "tokens") as progress:
+        while waiting and (sum(taken) < limit_tokens or len(items) < at_least):
+            # The source that is furthest behind its share comes next.
+            number = min(waiting, key=lambda number: (taken[number] / sources[number].weight, number))
+            document = next(readers[number], None)
+            if document is not None:
+                items.append(document)
+                taken[number] += len(document)
+                progress.advance(len(document))
+            elif repeat and readers[number].report.documents and any(reader.report.passes == 0 for reader in readers):
+                readers[number].start_again()
             else:
                 waiting.remove(number)
-            continue
-        items.append(document)
-        taken[number] += len(document)
     for reader in readers:
         reader.refuse_if_empty()
     return Documents(items, [reader.report for reader in readers])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,26 +13,33 @@ from nexus_core.errors import DataError, suggestion
 
 # V vocabulary; n tokens of one document, u different ones among them
 
-Choice = list[int]
-
 # Documents whose gain is computed in one go.
 LOOKED_AT_ONCE = 64
 
 
 def choose(
-    documents: Sequence[Document], tokens: int, strategy: str, vocabulary_size: int, seed: int
+    documents: Sequence[Document],
+    tokens: int,
+    strategy: str,
+    vocabulary_size: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[list[Document], dict[str, Any]]:
     """Documents of at least `tokens` tokens together (all, if there are fewer), and how well they stand for the pool.
 
     The report compares the choice with the pool it was chosen from, and with a random draw of the same size:
     kl_to_pool_nats is KL(chosen || pool) of the token frequencies, vocabulary_coverage the share of the pool's
-    different tokens that occur. Raises DataError if there is no such strategy.
+    different tokens that occur. advance: told the tokens of each document as it is chosen. Raises DataError if there
+    is no such strategy.
     """
     if strategy not in STRATEGIES:
         raise DataError(f"sampling strategy '{strategy}' is not known{suggestion(strategy, STRATEGIES)}")
-    chosen = STRATEGIES[strategy](documents, tokens, vocabulary_size, np.random.default_rng([seed, 0]))
+    chosen = []
+    for index in STRATEGIES[strategy](documents, tokens, vocabulary_size, np.random.default_rng([seed, 0])):
+        chosen.append(index)
+        advance(len(documents[index]))
     # Another stream of random numbers, or the comparison of `uniform` would be with itself.
-    random = uniform(documents, tokens, vocabulary_size, np.random.default_rng([seed, 1]))
+    random = list(uniform(documents, tokens, vocabulary_size, np.random.default_rng([seed, 1])))
     pool_V = token_counts(documents, vocabulary_size)
     report: dict[str, Any] = {
         "strategy": strategy,
@@ -50,22 +57,26 @@ def choose(
     return [documents[index] for index in chosen], report
 
 
-def uniform(documents: Sequence[Document], tokens: int, vocabulary_size: int, generator: np.random.Generator) -> Choice:
-    """Documents drawn at random, without replacement, until there are `tokens` tokens."""
-    order = generator.permutation(len(documents))
-    lengths = np.array([len(documents[index]) for index in order], dtype=np.int64)
-    used = int(np.searchsorted(np.cumsum(lengths), tokens)) + 1
-    return [int(index) for index in order[:used]]
+def uniform(
+    documents: Sequence[Document], tokens: int, vocabulary_size: int, generator: np.random.Generator
+) -> Iterator[int]:
+    """Indices of documents drawn at random, without replacement, until there are `tokens` tokens."""
+    left = tokens
+    for index in generator.permutation(len(documents)).tolist():
+        if left <= 0:
+            return
+        yield index
+        left -= len(documents[index])
 
 
 def coverage(
     documents: Sequence[Document], tokens: int, vocabulary_size: int, generator: np.random.Generator
-) -> Choice:
-    """Documents that together use the vocabulary as the pool does, greedily chosen by gain per token.
+) -> Iterator[int]:
+    """Indices of documents that together use the vocabulary as the pool does, greedily chosen by gain per token.
 
     The gain of counts n is sum over tokens t of sqrt(q_t n_t), q being the pool's frequencies: the Hellinger affinity
     to the pool but for the scale. It is concave in every count, so what a document adds only ever shrinks as others are
-    chosen, an old value is an upper bound, and looking again only at the best bound is exact (Minoux 1978). Per
+    chosen, an old value is an upper bound, and looking again only at the best bounds is exact (Minoux 1978). Per
     token, because otherwise the longest documents win whatever they say. Ties go to the document that comes first.
     """
     pool_V = token_counts(documents, vocabulary_size)
@@ -75,7 +86,7 @@ def coverage(
     counts_V = np.zeros(vocabulary_size)
     root_counts_V = np.zeros(vocabulary_size)
 
-    def gains_per_token(indices: Choice) -> list[float]:
+    def gains_per_token(indices: list[int]) -> list[float]:
         tokens_n = np.concatenate([uses[index][0] for index in indices])
         uses_n = np.concatenate([uses[index][1] for index in indices])
         added_n = root_q_V[tokens_n] * (np.sqrt(counts_V[tokens_n] + uses_n) - root_counts_V[tokens_n])
@@ -88,7 +99,6 @@ def coverage(
         indices = list(range(start, min(start + LOOKED_AT_ONCE, len(documents))))
         bounds += zip((-gain for gain in gains_per_token(indices)), indices, strict=True)
     heapq.heapify(bounds)
-    chosen: Choice = []
     left = tokens
     while bounds and left > 0:
         # Gains lie close together, so a hundred bounds may have to be renewed for one choice: all at once.
@@ -96,17 +106,16 @@ def coverage(
         fresh = sorted(zip((-gain for gain in gains_per_token(promising)), promising, strict=True))
         if not bounds or fresh[0] < bounds[0]:
             index = fresh.pop(0)[1]
-            chosen.append(index)
+            yield index
             tokens_u, uses_u = uses[index]
             counts_V[tokens_u] += uses_u
             root_counts_V[tokens_u] = np.sqrt(counts_V[tokens_u])
             left -= len(documents[index])
         for bound in fresh:
             heapq.heappush(bounds, bound)
-    return chosen
 
 
-STRATEGIES: dict[str, Callable[[Sequence[Document], int, int, np.random.Generator], Choice]] = {
+STRATEGIES: dict[str, Callable[[Sequence[Document], int, int, np.random.Generator], Iterator[int]]] = {
     "coverage": coverage,
     "uniform": uniform,
 }

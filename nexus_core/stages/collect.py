@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ from nexus_core import __version__
 from nexus_core.additions import as_teacher
 from nexus_core.checkpoint.source import Checkpoint
 from nexus_core.checkpoint.writer import write_json, write_shard
-from nexus_core.data.documents import Part, documents
-from nexus_core.data.packing import PackedSequences, pack
-from nexus_core.data.sampling import choose
-from nexus_core.data.tokenizers import end_token_id, load_tokenizer
-from nexus_core.errors import DataError, StageError, UsageError, suggestion
+from nexus_core.data.documents import Part
+from nexus_core.data.samples import Sample, choose_shares, draw
+from nexus_core.errors import StageError, UsageError
 from nexus_core.models import compute_dtype, load
 from nexus_core.progress import Progress
 from nexus_core.recipe.schema import Collect, Recipe, Source
@@ -42,15 +39,6 @@ REPORT_NAME = "sampling_report.json"
 Report = Callable[[int, Mapping[str, float]], None]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What is routed of one data set, and what the report says of how it was drawn."""
-
-    name: str
-    sequences: PackedSequences
-    report: dict[str, Any]
 
 
 def collect(
@@ -73,7 +61,8 @@ def collect(
     shares = choose_shares(settings.data, sets)
     samples = draw(checkpoint, sets, shares, settings, part)
     tokens = sum(sample.sequences.tokens for sample in samples)
-    for warning in _shortfalls(samples):
+    shortfalls = [sample.shortfall for sample in samples if sample.shortfall]
+    for warning in shortfalls:
         log.warning("%s", warning)
 
     moe = checkpoint.description
@@ -98,7 +87,15 @@ def collect(
     seconds = time.monotonic() - started
 
     statistics = statistics.to("cpu")
-    _write(out, checkpoint, statistics, kept, samples, settings)
+    _write(out, checkpoint, statistics, kept, samples)
+    report_file = {
+        "strategy": settings.sampling.strategy,
+        "wanted_tokens": settings.tokens,
+        "tokens": statistics.tokens,
+        "warnings": shortfalls,
+        "sets": {sample.name: sample.report for sample in samples},
+    }
+    write_json(out / REPORT_NAME, report_file)
     entropy_L = statistics.mean_entropy()
     return {
         "tokens": statistics.tokens,
@@ -110,74 +107,6 @@ def collect(
         "vocabulary_coverage": _weighted(samples, "vocabulary_coverage"),
         "kl_to_pool_nats": _weighted(samples, "kl_to_pool_nats"),
     }
-
-
-def choose_shares(shares: Mapping[str, float] | None, sets: Mapping[str, Sequence[Source]]) -> dict[str, float]:
-    """Each set's share of the tokens, adding up to 1; equal ones if none are given.
-
-    Raises DataError if a share names a set that is not there.
-    """
-    weights = dict(shares) if shares is not None else dict.fromkeys(sets, 1.0)
-    for name in weights:
-        if name not in sets:
-            raise DataError(f"collect.data names the data set '{name}', which is not there{suggestion(name, sets)}")
-    if not weights:
-        raise DataError("there is no data set to collect over; give at least one")
-    total = sum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}
-
-
-def draw(
-    checkpoint: Checkpoint,
-    sets: Mapping[str, Sequence[Source]],
-    shares: Mapping[str, float],
-    settings: Collect,
-    part: Part,
-) -> list[Sample]:
-    """The sequences to route, per data set: candidates read, some of them chosen, cut to the wanted tokens."""
-    tokenizer = load_tokenizer(checkpoint.folder)
-    end_token = end_token_id(tokenizer)
-    samples = []
-    for name, wanted in _budgets(settings.tokens, shares).items():
-        pool = documents(
-            sets[name],
-            part,
-            tokenizer,
-            limit_tokens=wanted,
-            candidates=settings.sampling.candidates,
-            seed=settings.seed,
-        )
-        vocabulary = max(checkpoint.description.vocabulary_size, len(tokenizer))
-        chosen, choice = choose(pool, wanted, settings.sampling.strategy, vocabulary, settings.seed)
-        sequences = pack(chosen, settings.sequence_length, end_token=end_token, limit_tokens=wanted)
-        entry = {
-            "wanted_tokens": wanted,
-            "tokens": sequences.tokens,
-            "sequences": len(sequences),
-            "sampling": choice,
-            "sources": pool.report_as_dict(),
-        }
-        samples.append(Sample(name, sequences, entry))
-    return samples
-
-
-def _budgets(tokens: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """Tokens per set, adding up exactly: what rounding leaves goes to the largest remainders."""
-    exact = {name: tokens * share for name, share in shares.items()}
-    budgets = {name: int(amount) for name, amount in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: budgets[name] - exact[name])
-    for name in by_remainder[: tokens - sum(budgets.values())]:
-        budgets[name] += 1
-    return {name: max(budget, 1) for name, budget in budgets.items()}
-
-
-def _shortfalls(samples: Sequence[Sample]) -> list[str]:
-    return [
-        f"data set '{sample.name}' holds {sample.report['tokens']:,} tokens where "
-        f"{sample.report['wanted_tokens']:,} were wanted; all of them are used"
-        for sample in samples
-        if sample.report["tokens"] < sample.report["wanted_tokens"]
-    ]
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -259,7 +188,6 @@ def _write(
     statistics: RouterStatistics,
     kept: KeptInputs,
     samples: Sequence[Sample],
-    settings: Collect,
 ) -> None:
     moe = checkpoint.description
     metadata = {
@@ -276,14 +204,6 @@ def _write(
     tensors = kept.tensors()
     if tensors:
         write_shard(out / MOE_INPUTS_NAME, tensors)
-    report = {
-        "strategy": settings.sampling.strategy,
-        "wanted_tokens": settings.tokens,
-        "tokens": statistics.tokens,
-        "warnings": _shortfalls(samples),
-        "sets": {sample.name: sample.report for sample in samples},
-    }
-    write_json(out / REPORT_NAME, report)
 
 
 def _weighted(samples: Sequence[Sample], figure: str) -> float:

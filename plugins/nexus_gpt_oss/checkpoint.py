@@ -152,6 +152,19 @@ def read_expert(reader: CheckpointReader, layer: int, expert: int, dtype: torch.
     )
 
 
+def read_expert_rows(
+    reader: CheckpointReader, layer: int, expert: int, projection: str, rows: slice, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows of an expert's "gate", "up" or "down", dense, and of its bias; only their bytes are read."""
+    if projection == "down":
+        names, stored, step = EXPERT_TENSORS[3:], rows, slice(None)
+    else:
+        names, stored = EXPERT_TENSORS[:3], slice(2 * rows.start, 2 * rows.stop)
+        step = slice(0 if projection == "gate" else 1, None, 2)
+    blocks, scales, bias = (reader.read(expert_tensor(layer, name), expert, stored)[step] for name in names)
+    return dense(blocks, scales, dtype), bias.to(dtype, copy=True)
+
+
 def dense(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """MXFP4 (..., G, 16) and (..., G) as numbers (..., 32 G) of any floating type, rounded once."""
     import torch

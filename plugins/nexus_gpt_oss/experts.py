@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from nexus_core.additions import Activation
 from nexus_core.errors import ShapeError
+from nexus_core.types import ExpertWeights
 from nexus_gpt_oss.mxfp4 import GROUP, GROUP_BYTES, PAIR_TYPES, decode
 
 
@@ -64,6 +65,19 @@ class PackedExperts(nn.Module):
             self.down_proj_bias,
             self.activation,
             trains,
+        )
+
+    def dense(self, expert: int, dtype: torch.dtype) -> ExpertWeights:
+        """One expert's numbers, decoded, in canonical layout."""
+        gate_up = _DecodedExpert(self.gate_up_proj_blocks, self.gate_up_proj_scales, dtype)(expert)
+        gate_up_bias = self.gate_up_proj_bias[expert].detach().to(dtype)
+        return ExpertWeights(
+            gate=gate_up[0::2],
+            up=gate_up[1::2],
+            down=_DecodedExpert(self.down_proj_blocks, self.down_proj_scales, dtype)(expert),
+            gate_bias=gate_up_bias[0::2],
+            up_bias=gate_up_bias[1::2],
+            down_bias=self.down_proj_bias[expert].detach().to(dtype),
         )
 
     def extra_repr(self) -> str:

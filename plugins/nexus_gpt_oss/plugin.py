@@ -41,6 +41,13 @@ def nexus_read_expert(reader: CheckpointReader, layer: int, expert: int, dtype: 
 
 
 @hookimpl
+def nexus_read_expert_rows(
+    reader: CheckpointReader, layer: int, expert: int, projection: str, rows: slice, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return checkpoint.read_expert_rows(reader, layer, expert, projection, rows, dtype)
+
+
+@hookimpl
 def nexus_dequantize(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
     """Roles: "blocks" and "scales". Any other set is left to core's default."""
     if set(tensors) != {"blocks", "scales"}:
@@ -98,6 +105,11 @@ def nexus_neuron_activations(config: Mapping[str, Any], gate: torch.Tensor, up: 
     from nexus_gpt_oss.experts import swiglu
 
     return swiglu(gate, up, **checkpoint.activation_settings(config))
+
+
+@hookimpl
+def nexus_expert_weights(block: MoeBlock, expert: int, dtype: torch.dtype) -> ExpertWeights:
+    return block.block.experts.dense(expert, dtype)
 
 
 @hookimpl

@@ -1,0 +1,1 @@
+"""The toy_moe family for NEXUS."""

@@ -1,0 +1,1 @@
+"""The my_moe family for NEXUS."""
