@@ -1,1 +1,1 @@
-"""How fast and how small NEXUS's hot paths are: side by side in one run, as ratios to a limit and to what others use."""
+"""How fast and how small the hot paths are: side by side in one run, as ratios to a limit and to what others use."""

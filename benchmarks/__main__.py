@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.measurement import Measurement
 
-BENCHMARKS = ("decode", "packed_experts", "statistics", "conversion")
+BENCHMARKS = ("decode", "packed_experts", "statistics", "collecting", "sampling", "conversion", "vocabulary_loss", "stored_teacher")
 
 
 def main() -> None:
@@ -34,7 +34,9 @@ def main() -> None:
         found = importlib.import_module(f"benchmarks.{name}").run()
         measurements += found
         print("\n".join(rows(found)), flush=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "measurements": [asdict(m) for m in measurements]}, indent=1))
+    arguments.out.write_text(
+        json.dumps({"machine": machine(), "measurements": [asdict(m) for m in measurements]}, indent=1)
+    )
     print(f"\n{machine()}\nwritten to {arguments.out}")
 
 
@@ -44,9 +46,8 @@ def rows(measurements: Iterable[Measurement]) -> list[str]:
     for measurement in measurements:
         if not lines:
             lines += ["", f"{measurement.benchmark}  (ratios to {measurement.against})"]
-        lines.append(
-            f"  {measurement.subject:<44} {1000 * measurement.seconds:>10.2f} ms {measurement.ratio:>8.2f} x  {measurement.note}"
-        )
+        spent = f"{1000 * measurement.seconds:>10.2f} ms {measurement.ratio:>8.2f} x"
+        lines.append(f"  {measurement.subject:<44} {spent}  {measurement.note}")
     return lines
 
 

@@ -39,7 +39,9 @@ def run() -> list[Measurement]:
             out.mkdir()
             convert(checkpoint, _selection(checkpoint), Convert(), out)
 
-        seconds = interleaved({"floor": lambda: _read_and_write(checkpoint, folder / "floor"), "nexus": nexus}, rounds=ROUNDS)
+        seconds = interleaved(
+            {"floor": lambda: _read_and_write(checkpoint, folder / "floor"), "nexus": nexus}, rounds=ROUNDS
+        )
         with AnonymousMemory() as nexus_memory:
             nexus()
         with AnonymousMemory() as dense_memory:
@@ -56,7 +58,11 @@ def run() -> list[Measurement]:
     return [
         row(floor, seconds["floor"]),
         row("nexus", seconds["nexus"], f"{nexus_memory.peak_bytes / 1e6:,.0f} MB above imports"),
-        row("dequantize the layer, average (transformers)", dense_seconds, f"{dense_memory.peak_bytes / 1e6:,.0f} MB, one run"),
+        row(
+            "dequantize the layer, average (transformers)",
+            dense_seconds,
+            f"{dense_memory.peak_bytes / 1e6:,.0f} MB, one run",
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""MXFP4 to bfloat16: one expert of gpt-oss's real shape, against copying the result and against transformers' decode."""
+"""MXFP4 to bfloat16: one expert of gpt-oss's real shape, against a copy of the result and transformers' decode."""
 
 from __future__ import annotations
 

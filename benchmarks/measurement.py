@@ -42,7 +42,11 @@ def interleaved(subjects: Mapping[str, Callable[[], Any]], *, rounds: int = 7) -
 
 
 def compared(
-    benchmark: str, subjects: Mapping[str, Callable[[], Any]], *, against: str, notes: Mapping[str, str] | None = None,
+    benchmark: str,
+    subjects: Mapping[str, Callable[[], Any]],
+    *,
+    against: str,
+    notes: Mapping[str, str] | None = None,
     rounds: int = 7,
 ) -> list[Measurement]:
     """Each subject's median and its ratio to the subject called `against`."""

@@ -49,8 +49,12 @@ def run() -> list[Measurement]:
         indices = torch.arange(tokens).remainder(EXPERTS)[:, None]
         weights = torch.ones(tokens, EXPERTS_PER_TOKEN, dtype=torch.bfloat16)
 
-        def train(experts: nn.Module, hidden: torch.Tensor = hidden, indices: torch.Tensor = indices,
-                  weights: torch.Tensor = weights) -> None:
+        def train(
+            experts: nn.Module,
+            hidden: torch.Tensor = hidden,
+            indices: torch.Tensor = indices,
+            weights: torch.Tensor = weights,
+        ) -> None:
             (gradient,) = torch.autograd.grad(experts(hidden, indices, weights).float().sum(), hidden)
             del gradient
 

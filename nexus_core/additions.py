@@ -67,12 +67,16 @@ class RouterDelta(Addition):
 
     The base router's own numbers are never touched. Held apart, the change keeps the resolution of its own scale:
     a step of 1e-5 would vanish in a bfloat16 weight of 0.1, whose neighbours are 5e-4 away.
+
+    selection_bias (E,) is no part of the logits: it is added to what experts are chosen by (the logits, or the scores
+    of a family that has such a bias of its own), and the weights of the chosen ones do not feel it. Rules move it.
     """
 
     def __init__(self, hidden_size: int, experts: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(experts, hidden_size))
         self.bias = nn.Parameter(torch.zeros(experts))
+        self.selection_bias = nn.Parameter(torch.zeros(experts), requires_grad=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return functional.linear(hidden_states, self.weight, self.bias)

@@ -22,6 +22,12 @@ from nexus_core.types import ExpertLocation, ExpertWeights, MoeDescription
 TOKENS = 4
 SHARED_WIDTH = 8
 
+# Hooks without a default that a family may leave out, and what that means.
+OPTIONAL = {
+    "nexus_read_expert_rows": "not there: experts are read whole",
+    "nexus_register_auto": "not there: the family has no classes of its own",
+}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -45,10 +51,7 @@ def answers(checkpoint: Checkpoint, *, loads_model: bool) -> Iterator[Answer]:
         answered = hook in installed().hooks_of(owner)
         by = owner if answered else DEFAULTS if hook in installed().hooks_of(DEFAULTS) else ""
         if not by:
-            optional = hook == "nexus_register_auto"
-            yield Answer(
-                hook, "", "not needed unless it has classes of its own" if optional else "missing", not optional
-            )
+            yield Answer(hook, "", OPTIONAL.get(hook, "missing"), failed=hook not in OPTIONAL)
             continue
         try:
             yield Answer(hook, by, ask())
@@ -72,6 +75,7 @@ class _Questions:
             "nexus_describe_moe": self.describe_moe,
             "nexus_enumerate_experts": self.enumerate_experts,
             "nexus_read_expert": self.read_expert,
+            "nexus_read_expert_rows": self.read_expert_rows,
             "nexus_dequantize": self.dequantize,
             "nexus_stored_bytes": self.stored_bytes,
             "nexus_load_model": lambda: f"{type(self.model).__name__}, {self.model.num_parameters():,} parameters",
@@ -80,6 +84,7 @@ class _Questions:
             "nexus_router_logits": self.router_logits,
             "nexus_gate_weights": self.gate_weights,
             "nexus_neuron_activations": self.neuron_activations,
+            "nexus_expert_weights": self.expert_weights,
             "nexus_attach_shared_expert": self.attach_shared_expert,
             "nexus_attach_router_delta": self.attach_router_delta,
             "nexus_trainable_parameters": self.trainable_parameters,
@@ -126,19 +131,52 @@ class _Questions:
         return f"{len(locations)} experts, all there; the first begins with {where}"
 
     def read_expert(self) -> str:
-        expert = self.hook.nexus_read_expert(
+        return self._shapes(self._expert_on_disk())
+
+    def _expert_on_disk(self) -> ExpertWeights:
+        return self.hook.nexus_read_expert(
             reader=self.checkpoint.reader, config=self.config, layer=self.moe.layers[0], expert=0, dtype=torch.float32
         )
-        shapes = ", ".join(f"{part} {list(getattr(expert, part).shape)}" for part in ("gate", "up", "down"))
-        expected = [[self.moe.expert_width, self.moe.hidden_size]] * 2 + [[self.moe.hidden_size, self.moe.expert_width]]
-        if [list(tensor.shape) for tensor in (expert.gate, expert.up, expert.down)] != expected:
-            raise NexusError(f"{shapes}; expected are gate {expected[0]}, up {expected[1]}, down {expected[2]}")
-        return shapes + (", biases" if expert.gate_bias is not None else "")
+
+    def _shapes(self, expert: ExpertWeights) -> str:
+        shapes = [list(tensor.shape) for tensor in (expert.gate, expert.up, expert.down)]
+        blank = self.blank
+        expected = [list(tensor.shape) for tensor in (blank.gate, blank.up, blank.down)]
+        if shapes != expected:
+            raise NexusError(f"gate, up and down are {shapes}; expected are {expected}")
+        biases = ", biases" if expert.gate_bias is not None else ""
+        return "gate {}, up {}, down {}".format(*shapes) + biases
+
+    def read_expert_rows(self) -> str:
+        whole = self._expert_on_disk()
+        for projection in ("gate", "up", "down"):
+            weight, _ = self.hook.nexus_read_expert_rows(
+                reader=self.checkpoint.reader,
+                config=self.config,
+                layer=self.moe.layers[0],
+                expert=0,
+                projection=projection,
+                rows=slice(1, 3),
+                dtype=torch.float32,
+            )
+            if not torch.equal(weight, getattr(whole, projection)[1:3]):
+                raise NexusError(f"rows 1 and 2 of {projection} are not those that nexus_read_expert gives")
+        return "the same rows as nexus_read_expert's"
+
+    def expert_weights(self) -> str:
+        block = self.hook.nexus_moe_blocks(model=self.model)[0]
+        held, stored = (
+            self.hook.nexus_expert_weights(block=block, expert=0, dtype=torch.float32),
+            self._expert_on_disk(),
+        )
+        shapes = self._shapes(held)
+        for part in ("gate", "up", "down"):
+            if not torch.equal(getattr(held, part), getattr(stored, part)):
+                raise NexusError(f"{part} of layer {block.layer}, expert 0 is not what nexus_read_expert gives")
+        return shapes + ", as on disk"
 
     def dequantize(self) -> str:
-        dense = self.hook.nexus_dequantize(
-            config=self.config, tensors={"weight": torch.zeros(1)}, dtype=torch.float32
-        )
+        dense = self.hook.nexus_dequantize(config=self.config, tensors={"weight": torch.zeros(1)}, dtype=torch.float32)
         return f"a plain weight stays {dense.dtype}".replace("torch.", "")
 
     def stored_bytes(self) -> str:

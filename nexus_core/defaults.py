@@ -26,7 +26,12 @@ def nexus_dequantize(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) ->
 def nexus_load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    from nexus_core.families.strict import refuse_unless_whole
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = loaded
+    refuse_unless_whole(str(folder), info)
+    return model.to(device).eval()
 
 
 @hookimpl(trylast=True)
@@ -48,9 +53,11 @@ def nexus_expert_weights(block: MoeBlock, expert: int, dtype: torch.dtype) -> Ex
 
     experts: Any = getattr(block.block, "experts", None)
     held = [getattr(experts, name, None) for name in ("gate_up_proj", "down_proj")]
-    if not all(isinstance(tensor, torch.Tensor) and tensor.ndim == 3 and tensor.itemsize >= 2 for tensor in held):
+    # Numbers of one byte are packed or scaled: their family knows how.
+    dense = [tensor for tensor in held if isinstance(tensor, torch.Tensor) and tensor.itemsize > 1]
+    if len(dense) < len(held):
         return None
-    gate_up, down = (tensor[expert].detach().to(dtype) for tensor in held)
+    gate_up, down = (tensor[expert].detach().to(dtype) for tensor in dense)
     gate, up = gate_up.chunk(2)
     return ExpertWeights(gate, up, down)
 

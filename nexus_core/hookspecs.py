@@ -104,8 +104,9 @@ def nexus_read_expert_rows(
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Some rows of one matrix of a routed expert, dense, in `dtype`, and the same rows of its bias or None.
 
-    rows: start and stop, step 1, of gate or up (F, D) or of down (D, F), as `nexus_read_expert` would give them. With it
-    convert works in tiles that stay in the processor's cache. A family that does not answer it is read by whole experts.
+    rows: start and stop, step 1, of gate or up (F, D) or of down (D, F), as `nexus_read_expert` would give them. With
+    it convert works in tiles that stay in the processor's cache. A family that does not answer it is read by whole
+    experts.
     """
 
 
@@ -188,9 +189,9 @@ def nexus_neuron_activations(config: Mapping[str, Any], gate: torch.Tensor, up: 
 def nexus_expert_weights(block: MoeBlock, expert: int, dtype: torch.dtype) -> ExpertWeights | None:
     """One routed expert of a running model, dense, in canonical layout and `dtype`, on the model's device.
 
-    The counterpart of `nexus_read_expert` in memory. Called by collect, for every expert of every batch, where neuron
-    saliency is asked for. Default: `experts.gate_up_proj` (E, 2F, D), gate above up, and `experts.down_proj` (E, D, F)
-    of the block, as transformers holds most families.
+    The counterpart of `nexus_read_expert` in memory. Called by collect, for every expert of every batch, where expert
+    norms and neuron saliency are asked for. Default: `experts.gate_up_proj` (E, 2F, D), gate above up, and
+    `experts.down_proj` (E, D, F) of the block, as transformers holds most families.
     """
 
 
@@ -239,8 +240,8 @@ def nexus_shared_expert_tensors(
     """The tensors, by their name on disk, that hold this layer's shared expert in a converted checkpoint.
 
     Under the names of the model's parameters, by which train finds and replaces them, and in the type they are stored
-    in. Casts only: convert first calls it with tensors on the "meta" device, which have no values, to learn names, types
-    and shapes before anything is computed.
+    in. Casts only: convert first calls it with tensors on the "meta" device, which have no values, to learn names,
+    types and shapes before anything is computed.
     """
 
 

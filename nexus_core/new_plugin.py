@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from nexus_core.errors import UsageError
+from nexus_core.plugins import installed
 
 SKELETON = Path(__file__).parent / "skeleton"
 
@@ -16,13 +17,21 @@ PLACEHOLDER = "my_moe"
 def write_plugin(name: str, out: Path) -> list[Path]:
     """Write the package `nexus_NAME` with everything around it into the new or empty folder `out`; return its files.
 
-    name: of the family, as its `model_type` in config.json. Raises UsageError if it cannot be a module's name, or the
-    folder holds something.
+    name: of the family, as its `model_type` in config.json. Raises UsageError if it cannot be a module's name, another
+    plugin has it, or the folder holds something.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise UsageError(
             f"'{name}' cannot name a plugin: write its model_type in small letters, digits and single '_', e.g. "
             f"'{_as_name(name)}'"
+        )
+    plugins = installed()
+    claimants = [plugin for plugin, claims in plugins.ask_each("nexus_claims", config={"model_type": name}) if claims]
+    if claimants or name in plugins.names():
+        owner = (claimants or [name])[0]
+        raise UsageError(
+            f"the model_type '{name}' belongs to the plugin '{owner}' ({plugins.sources[owner]}), and only one may "
+            "claim a checkpoint; uninstall it first, or write a plugin for another family"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is there already; name a new folder with --out")

@@ -153,7 +153,7 @@ class Plugins:
         try:
             answer = self.manager.subset_hook_caller(hook_name, others)(**arguments)
         except Exception as error:
-            if isinstance(error, NexusError) or is_out_of_memory(error):
+            if isinstance(error, NexusError) or is_out_of_memory(error) or name == DEFAULTS:
                 raise
             raise PluginError(failure(name, self.sources[name], hook_name, error)) from error
         if getattr(hookspecs, hook_name).nexus_spec["firstresult"]:

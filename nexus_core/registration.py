@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import pluggy
 
@@ -13,7 +14,8 @@ from nexus_core.errors import PluginError, suggestion
 # What a plugin calls the version of the hooks it was written for.
 VERSION_ATTRIBUTE = "NEXUS_HOOKS"
 
-HOOK_NAMES = [name for name in vars(hookspecs) if name.startswith("nexus_")]
+PREFIX = "nexus_"
+HOOK_NAMES = [name for name in vars(hookspecs) if name.startswith(PREFIX)]
 
 
 def stated_version(plugin: object) -> int | None:
@@ -50,10 +52,7 @@ def check_names(manager: pluggy.PluginManager, plugin: object, advice: str) -> l
     for attribute in dir(plugin):
         if manager.parse_hookimpl_opts(plugin, attribute) is not None:
             if attribute not in HOOK_NAMES:
-                near = suggestion(attribute, HOOK_NAMES)
-                # Two dozen names would bury the sentence: only a near miss helps.
-                near = near if "did you mean" in near else "; docs/hooks.md lists the hooks"
-                raise PluginError(f"'{attribute}' is not a hook of NEXUS{near}{advice}")
+                raise PluginError(f"'{attribute}' is not a hook of NEXUS; {_near(attribute)}{advice}")
             implemented.append(attribute)
         elif attribute in HOOK_NAMES and callable(getattr(plugin, attribute, None)):
             raise PluginError(f"'{attribute}' would never be called: write @nexus_core.hookimpl above it")
@@ -72,3 +71,11 @@ def check_arguments(plugin: object, implemented: Sequence[str], advice: str) -> 
             if given not in known:
                 near = suggestion(given, known) if known else "; the hook has none"
                 raise PluginError(f"'{name}' takes an argument '{given}', which the hook does not have{near}{advice}")
+
+
+def _near(attribute: str) -> str:
+    """The hook that was probably meant; not their list, which would bury the sentence."""
+    # All begin alike, which would make all of them near.
+    by_rest = {name.removeprefix(PREFIX): name for name in HOOK_NAMES}
+    close = get_close_matches(attribute.removeprefix(PREFIX), by_rest, n=1)
+    return f"did you mean '{by_rest[close[0]]}'?" if close else "docs/hooks.md lists the hooks"

@@ -8,6 +8,8 @@ import os
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZERS_PARALLELISM="false"
 )
+# Threads that spin at barriers stand in each other's way; see nexus_core/cli/output.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import pytest

@@ -44,6 +44,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": EXPERTS, "intermediate_size": 16, "tie_word_embeddings": True,
         "residual_multiplier": 0.5, "embedding_multiplier": 4.0, "logits_scaling": 2.0,
     },
+    "glm4_moe": {
+        "n_routed_experts": EXPERTS, "moe_intermediate_size": 16, "intermediate_size": 48, "num_hidden_layers": 3,
+        "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 8,
+        "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": True,
+    },
+    "dots1": {
+        "n_routed_experts": EXPERTS, "moe_intermediate_size": 16, "intermediate_size": 48, "num_hidden_layers": 3,
+        "first_k_dense_replace": 1, "n_shared_experts": 2, "n_group": 2, "topk_group": 1, "norm_topk_prob": False,
+        "routed_scaling_factor": 2.5,
+    },
     "deepseek_v3": {
         "n_routed_experts": EXPERTS, "moe_intermediate_size": 24, "intermediate_size": 48, "num_hidden_layers": 3,
         "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4,
@@ -101,8 +111,9 @@ def write_fp8_checkpoint(folder: Path, **changes: Any) -> Path:
     weight_map = {}
     for shard in sorted(folder.glob("*.safetensors")):
         tensors = load_file(shard)
-        for name in [name for name in tensors if ".layers." in name and name.endswith("_proj.weight") or "_mqa" in name]:
-            tensors[name], tensors[f"{name}_scale_inv"] = _quantized(tensors[name].float())
+        for name in list(tensors):
+            if name.endswith(("_proj.weight", "_mqa.weight")):
+                tensors[name], tensors[f"{name}_scale_inv"] = _quantized(tensors[name].float())
         save_file(tensors, shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard.name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -128,7 +139,8 @@ def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def block_of(row: int, column: int) -> tuple[slice, slice]:
     """The numbers that share the scale at this place."""
-    return slice(row * FP8_BLOCK[0], (row + 1) * FP8_BLOCK[0]), slice(column * FP8_BLOCK[1], (column + 1) * FP8_BLOCK[1])
+    rows, columns = FP8_BLOCK
+    return slice(row * rows, (row + 1) * rows), slice(column * columns, (column + 1) * columns)
 
 
 # Every family and every storage of it: what it is called in test names, and what writes one into a new folder.

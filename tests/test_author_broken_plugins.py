@@ -147,8 +147,9 @@ def test_a_hook_of_the_owner_that_raises_is_named_and_the_other_hooks_still_answ
     told = nexus("plugins", "--check", str(model), "--json", path=target, cwd=tmp_path, expect=1)
     hooks = json.loads(told.stdout.splitlines()[-1])["hooks"]
     assert hooks["nexus_claims"]["failed"] is False
-    assert "plugin 'mine' (mine 1.0) failed in nexus_describe_moe: KeyError: 'layers'" in (
-        hooks["nexus_describe_moe"]["answer"]
+    assert (
+        "plugin 'mine' (mine 1.0) failed in nexus_describe_moe: KeyError: 'layers'"
+        in (hooks["nexus_describe_moe"]["answer"])
     )
     assert hooks["nexus_moe_blocks"] == {"by": "", "answer": "missing", "failed": True}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,20 @@ import nexus_core
 from nexus_core.additions import SharedExpert
 from nexus_core.checkpoint.reader import CheckpointReader
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
-from nexus_core.cli.convert import find_moe_inputs
+from nexus_core.cli.convert import find_statistics
 from nexus_core.errors import CheckpointError, SelectionError, UsageError
-from nexus_core.merge.weights import tensors
+from nexus_core.merge import STRATEGIES
+from nexus_core.merge.experts import tensors
 from nexus_core.pipeline.store import atomic_folder
 from nexus_core.recipe.schema import Convert
 from nexus_core.select import LayerSelection, Selection, write_selection
-from nexus_core.stages.convert import MOE_INPUTS_NAME, convert
+from nexus_core.stages.convert import MOE_INPUTS_NAME, SALIENCY_NAME, convert
+from nexus_core.statistics.saliency import NeuronSaliency, SaliencyFile
 
 LAYERS, EXPERTS, HIDDEN = 2, 8, 64
 CHOSEN = {0: (5, 2, 7), 1: (0, 3)}
+IMPORTANCE = (0.05, 0.05, 0.2, 0.15, 0.1, 0.2, 0.1, 0.15)
+MERGES = [strategy.name for strategy in STRATEGIES]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +41,55 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def selection(chosen: dict[int, tuple[int, ...]] = CHOSEN) -> Selection:
-    layers = tuple(LayerSelection(layer=layer, experts=experts) for layer, experts in chosen.items())
+    layers = tuple(
+        LayerSelection(layer=layer, experts=experts, importance=IMPORTANCE) for layer, experts in chosen.items()
+    )
     return Selection(strategy="pca", top_k="auto", layers=layers)
 
 
-def converted(base: Checkpoint, out: Path, *, moe_inputs: Path | None = None, **settings: object) -> Checkpoint:
+def converted(
+    base: Checkpoint,
+    out: Path,
+    *,
+    moe_inputs: Path | None = None,
+    statistics: Path | None = None,
+    learn: Sequence[str] | None = ("domain",),
+    **settings: object,
+) -> Checkpoint:
+    """statistics: a folder with moe inputs and neuron saliency."""
     out.mkdir(parents=True)
-    convert(base, selection(), Convert(**settings), out, moe_inputs=moe_inputs)
+    found = {path.name: path for path in statistics.iterdir()} if statistics else {}
+    convert(
+        base,
+        selection(),
+        Convert(**settings),
+        out,
+        moe_inputs=moe_inputs or found.get(MOE_INPUTS_NAME),
+        neuron_saliency=found.get(SALIENCY_NAME),
+        learn=learn,
+    )
     return open_checkpoint(out)
+
+
+@pytest.fixture(scope="module")
+def base_logits(base: Checkpoint) -> torch.Tensor:
+    with torch.no_grad():
+        return nexus_core.load(base, dtype=torch.float32)(input_ids()).logits
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What collect would leave: random inputs and outputs of the layers, and random saliency on two sets."""
+    folder = tmp_path_factory.mktemp("statistics")
+    generator = torch.Generator().manual_seed(0)
+    names = [f"layers.{layer}.{part}" for layer in range(LAYERS) for part in ("inputs", "outputs")]
+    save_file({name: torch.randn(40, HIDDEN, generator=generator) for name in names}, folder / MOE_INPUTS_NAME)
+    saliency = NeuronSaliency.zeros(range(LAYERS), ["domain", "general"], EXPERTS, 32)
+    for tensor in (saliency.activity, saliency.output_norm):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator))
+    saliency.tokens += 100
+    saliency.save(folder / SALIENCY_NAME, {})
+    return folder
 
 
 def report_of(checkpoint: Checkpoint) -> dict:
@@ -90,6 +136,93 @@ def test_with_a_zero_start_the_logits_are_the_bases_to_the_bit(
 
     assert torch.equal(logits, expected)
     assert all(expert.gate_proj.weight.count_nonzero() for expert in shared_experts(nexus_core.load(out)))
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("merge", MERGES)
+def test_every_merge_of_every_width_leaves_the_logits_to_the_bit_at_a_zero_start(
+    base: Checkpoint, base_logits: torch.Tensor, statistics: Path, tmp_path: Path, merge: str, width: int
+) -> None:
+    out = converted(base, tmp_path / "out", statistics=statistics, merge=merge, width=width, start="zero")
+
+    model = nexus_core.load(out, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids()).logits, base_logits)
+    for shared in shared_experts(model):
+        assert shared.gate_proj.weight.shape == (width, HIDDEN)
+        assert shared.gate_proj.weight.any()
+    layers = report_of(out)["layers"]
+    assert all(layer["relative_output_change"] == 0 for layer in layers)
+    assert all(layer["at_full_start"]["relative_change"] > 0 for layer in layers)
+    assert (out.folder / "output_change.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_neurons_are_those_most_salient_on_what_is_learnt(base: Checkpoint, statistics: Path, tmp_path: Path) -> None:
+    opened = SaliencyFile(statistics / SALIENCY_NAME)
+    taken = {}
+    for contrast in (0.0, 1.0):
+        out = converted(
+            base, tmp_path / f"out{contrast}", statistics=statistics, merge="neurons", contrast=contrast, start="full"
+        )
+        assert report_of(out)["data"] == {"learnt": ["domain"], "kept": ["general"]}
+        shared = shared_experts(nexus_core.load(out))
+        for layer, module in enumerate(shared):
+            saliency_EF = opened.layer(layer, ["domain"], ["general"]).contrasted(contrast)
+            places = sorted(saliency_EF.ravel().argsort()[::-1][:32].tolist())
+            for row, place in enumerate(places):
+                expert, neuron = divmod(place, 32)
+                source = base.family.hook.nexus_read_expert(
+                    reader=base.reader, config=base.config, layer=layer, expert=expert, dtype=torch.bfloat16
+                )
+                assert torch.equal(module.gate_proj.weight[row], source.gate[neuron])
+                assert torch.equal(module.down_proj.weight[:, row], source.down[:, neuron])
+        taken[contrast] = [module.gate_proj.weight for module in shared]
+    assert not torch.equal(taken[0.0][0], taken[1.0][0])
+
+
+def test_saliency_of_several_sets_needs_to_know_which_is_learnt(
+    base: Checkpoint, statistics: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="holds the data sets domain, general; say with --learn"):
+        converted(base, tmp_path / "a", statistics=statistics, learn=None, merge="neurons")
+    with pytest.raises(UsageError, match="saliency on domain, general, not on math, which is to be learnt"):
+        converted(base, tmp_path / "b", statistics=statistics, learn=["math"], merge="neurons")
+    with pytest.raises(UsageError, match=r"'neurons' needs neuron saliency .*--statistics"):
+        converted(base, tmp_path / "c", merge="neurons")
+    # Whoever does not read it need not say.
+    converted(base, tmp_path / "d", statistics=statistics, learn=None, merge="mean")
+
+
+def test_saliency_of_another_model_is_refused(base: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = NeuronSaliency.zeros((0, 1), ["domain"], EXPERTS, 48)
+    other.save(tmp_path / "other" / SALIENCY_NAME, {})
+
+    with pytest.raises(UsageError, match=r"48 neurons wide, but .* 32 wide; give the statistics of this model"):
+        converted(base, tmp_path / "out", statistics=tmp_path / "other", merge="neurons")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("merge", [name for name in MERGES if name != "random"])
+def test_a_width_that_makes_no_sense_is_refused_before_anything_is_written(
+    base: Checkpoint, statistics: Path, tmp_path: Path, merge: str
+) -> None:
+    width = 1024 if merge == "neurons" else 96
+
+    with pytest.raises(UsageError, match=f"width is {width}, .* write at most"):
+        converted(base, tmp_path / "out", statistics=statistics, merge=merge, width=width)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_experts_read_by_rows_and_whole_make_the_same(
+    base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexus_core.merge.experts.TILE_NUMBERS", 5 * HIDDEN)
+    by_rows = digests(converted(base, tmp_path / "rows", merge="aligned", start="full"))
+    monkeypatch.setattr("nexus_core.plugins.Family.answers", lambda self, hook_name: False)
+    whole = digests(converted(base, tmp_path / "whole", merge="aligned", start="full"))
+
+    assert by_rows == whole
 
 
 def test_with_a_full_start_the_logits_change_and_the_teacher_is_still_the_base(
@@ -210,11 +343,11 @@ def test_kept_inputs_are_found_through_the_selection_and_a_wrong_folder_is_refus
     made_from_stats = selection().model_copy(update={"statistics": "../stats"})
     file = write_selection(made_from_stats, tmp_path / "chosen")
 
-    assert find_moe_inputs(None, made_from_stats, file) == find_moe_inputs(None, made_from_stats, file.parent)
-    assert find_moe_inputs(None, made_from_stats, file).samefile(found)
-    assert find_moe_inputs(None, selection(), file) is None
-    with pytest.raises(UsageError, match=r"chosen: holds no moe_inputs"):
-        find_moe_inputs(tmp_path / "chosen", selection(), file)
+    assert find_statistics(None, made_from_stats, file) == find_statistics(None, made_from_stats, file.parent)
+    assert find_statistics(None, made_from_stats, file)[MOE_INPUTS_NAME].samefile(found)
+    assert find_statistics(None, selection(), file) == {}
+    with pytest.raises(UsageError, match=r"chosen: holds neither moe_inputs"):
+        find_statistics(tmp_path / "chosen", selection(), file)
 
 
 def test_inputs_of_another_model_are_refused(base: Checkpoint, tmp_path: Path) -> None:

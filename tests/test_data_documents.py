@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
+from nexus_core import hookimpl
+from nexus_core.data import documents as module
 from nexus_core.data.documents import Documents, documents, is_held_out
-from nexus_core.data.tokenizers import end_token_id, load_tokenizer
-from nexus_core.errors import CheckpointError, DataError
+from nexus_core.data.passages import Passage
+from nexus_core.data.records import check_source
+from nexus_core.data.tokenizers import begin_token_id, end_token_id, load_tokenizer
+from nexus_core.errors import CheckpointError, DataError, RecipeError
+from nexus_core.plugins import installed
+from nexus_core.recipe import recipe_from
 from nexus_core.recipe.schema import Source
+from nexus_core.types import Strategy
 
 TOKENIZER = byte_tokenizer()
 
@@ -46,6 +55,22 @@ def test_equal_records_fall_on_the_same_side_in_whatever_order_their_keys_are():
     assert is_held_out(one, 1.0)
 
 
+def test_the_same_question_never_lies_on_both_sides(tmp_path):
+    rows = [{"id": number, "question": f"What is {number // 5}?", "answer": f"{number}"} for number in range(500)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    turns = [[{"role": "user", "content": f"What  is {n}?"}, {"role": "assistant", "content": "x"}] for n in range(100)]
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
+    chat = byte_tokenizer(chat_template=CHAT_TEMPLATE)
+
+    def asked(name: str, part: str) -> set[str]:
+        found = documents([Source(path=str(tmp_path / name), held_out=0.3)], part, chat)
+        return {re.search(r"What +is (\d+)", chat.decode(document.tokens))[1] for document in found}
+
+    for one, other in (("a.jsonl", "a.jsonl"), ("a.jsonl", "b.jsonl")):
+        assert not asked(one, "train") & asked(other, "held_out")
+        assert asked(one, "train") | asked(other, "held_out") == {str(number) for number in range(100)}
+
+
 def test_order_is_random_but_the_same_for_the_same_seed(numbers):
     first, again, other = (
         texts_of(documents([Source(path=numbers)], "all", TOKENIZER, seed=seed)) for seed in (1, 1, 2)
@@ -66,6 +91,98 @@ def test_what_cannot_be_used_is_counted(tmp_path):
     assert (report.records, report.documents, report.empty, report.too_short, report.unreadable) == (9, 2, 2, 1, 4)
     assert report.tokens == found.tokens == len("good textmore text")
     assert "a.jsonl" in report.first_problem
+
+
+def test_what_is_left_out_is_said_once_a_source(tmp_path, caplog):
+    rows = [{"prompt": prompt, "response": "yes"} for prompt in ("why?", "", " - ", None, "how?")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level(logging.WARNING):
+        found = documents([Source(path=str(tmp_path / "a.jsonl"))], "all", TOKENIZER)
+    assert sorted(texts_of(found)) == ["how?\nyes", "why?\nyes"]
+    assert (found.report[0].missing_prompt, found.report[0].unreadable) == (2, 1)
+    (record,) = caplog.records
+    assert "a.jsonl: of 5 records, left out: 2 without a prompt, 1 unreadable (" in record.getMessage()
+    assert "'prompt' is NoneType, not text" in record.getMessage()
+
+
+def test_a_record_as_long_as_a_book_is_cut_and_counted(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "LONGEST_PASSAGE_CHARACTERS", 50)
+    path = write(tmp_path / "a.jsonl", ["short", "long " * 20])
+    with caplog.at_level(logging.WARNING):
+        found = documents([Source(path=path)], "all", TOKENIZER)
+    assert found.report[0].oversize == 1
+    assert "1 records are longer than 50 characters" in caplog.text
+    long = max(found, key=len)
+    assert (len(long), long.learns.all(), long.learns_end) == (50, True, False)
+
+
+def test_a_document_begins_as_the_family_wants(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["some text"])
+    (plain,) = documents([Source(path=path)], "all", TOKENIZER)
+    begun = byte_tokenizer()
+    begun.bos_token = "<|start|>"
+    begun.init_kwargs["add_bos_token"] = True
+    assert begin_token_id(begun) == begun.convert_tokens_to_ids("<|start|>")
+    (document,) = documents([Source(path=path)], "all", begun)
+    assert document.tokens.tolist() == [begin_token_id(begun), *plain.tokens.tolist()]
+    assert document.learns.tolist() == [False, *plain.learns.tolist()]
+    # a chat template that writes it itself
+    begun.chat_template = CHAT_TEMPLATE
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
+    (document,) = documents([Source(path=str(tmp_path / "b.jsonl"))], "all", begun)
+    assert document.tokens.tolist().count(begin_token_id(begun)) == 2  # the user's turn and the assistant's
+    begun.init_kwargs["add_bos_token"] = False
+    assert begin_token_id(begun) is None
+
+
+def test_a_tokenizer_that_puts_a_token_first_says_so_itself():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "<|start|>"
+    number = tokenizer.convert_tokens_to_ids("<|start|>")
+    assert begin_token_id(tokenizer) is None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", number)]
+    )
+    assert begin_token_id(tokenizer) == number
+
+
+def test_a_conversation_with_reasoning_gives_a_document_for_each_answer(tmp_path):
+    thinking = CHAT_TEMPLATE.replace(
+        "{{ turn['content'] }}", "{% if loop.last %}{{ turn.thinking }}{% endif %}{{ turn['content'] }}"
+    )
+    turns = [("user", "A", None), ("assistant", "B", "hm"), ("user", "C", None), ("assistant", "D", "so")]
+    record = {"messages": [{"role": role, "content": text, "thinking": thought} for role, text, thought in turns]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    found = documents([Source(path=str(tmp_path / "a.jsonl"))], "all", byte_tokenizer(chat_template=thinking))
+    assert (found.report[0].records, found.report[0].documents) == (1, 2)
+
+
+def test_a_plugins_format_is_named_in_a_recipe(tmp_path):
+    class Poems:
+        @staticmethod
+        @hookimpl
+        def nexus_data_formats():
+            def verses(record, fields, tokenizer):
+                return [Passage(verse, ((0, len(verse)),)) for verse in record[fields.get("poem", "poem")]]
+
+            return [Strategy("verses", verses, "one document a verse")]
+
+    (tmp_path / "a.jsonl").write_text(json.dumps({"ode": ["first verse", "second verse"]}))
+    settings = {"path": str(tmp_path / "a.jsonl"), "format": "verses", "fields": {"poem": "ode"}}
+    recipe = {"schema": 1, "model": {"path": "embedded:tiny-gpt-oss"}, "data": {"poems": [settings]}}
+    with pytest.raises(RecipeError, match=r"data.poems.0.format: .*verses"):
+        recipe_from(recipe)
+    installed().register(Poems(), "poems", "this test")
+    try:
+        (source,) = recipe_from(recipe).data["poems"]
+        assert check_source(source, "here") == "verses"
+        found = documents([source], "all", TOKENIZER)
+    finally:
+        installed().unregister("poems")
+    assert sorted(texts_of(found)) == ["first verse", "second verse"]
+    assert (found.report[0].records, found.report[0].documents) == (1, 2)
 
 
 def test_sources_are_mixed_by_weight_of_tokens(tmp_path):
@@ -114,7 +231,7 @@ def test_ends_of_pieces_of_running_text_are_not_learnt(tmp_path, numbers):
 
 def test_nothing_usable_is_refused_with_the_reason(tmp_path, numbers):
     empty = write(tmp_path / "empty.jsonl", ["", ""])
-    with pytest.raises(DataError, match=r"empty.jsonl: none of its 2 records can be used: 2 are empty"):
+    with pytest.raises(DataError, match=r"empty.jsonl: none of its 2 records can be used: 2 empty"):
         documents([Source(path=empty)], "all", TOKENIZER)
     wrong = write(tmp_path / "wrong.jsonl", [1, 2])
     with pytest.raises(DataError, match=r"wrong.jsonl: none of its 2 .* its field 'text' is int, not text"):

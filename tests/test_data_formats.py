@@ -7,7 +7,7 @@ import pytest
 from byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 from nexus_core.data.documents import learnt_tokens
-from nexus_core.data.formats import STRATEGIES, Passage, detect, messages, prompt_response, text
+from nexus_core.data.formats import STRATEGIES, Passage, detect, messages, opening, prompt_response, text
 from nexus_core.errors import DataError
 
 PLAIN = byte_tokenizer()
@@ -28,6 +28,8 @@ def learnt_text(passage: Passage) -> list[str]:
         (["text", "code"], {}, "text"),
         (["text", "code"], {"prompt": "text", "response": "code"}, "prompt_response"),
         (["body"], {"text": "body"}, "text"),
+        (["id", "conversations"], {}, "conversations"),
+        (["chat", "functions"], {"conversations": "chat", "tools": "functions"}, "conversations"),
         (["chat"], {"messages": "chat"}, "messages"),
     ],
 )
@@ -59,41 +61,27 @@ def test_alpacas_input_belongs_to_the_prompt():
 
 
 def test_prompt_and_response_in_the_chat_template():
-    passage = prompt_response({"prompt": "Hi", "response": "Ho"}, {}, CHAT)
+    (passage,) = prompt_response({"prompt": "Hi", "response": "Ho"}, {}, CHAT)
     assert passage.text == "<|start|>user<|message|>Hi<|end|><|start|>assistant<|message|>Ho<|return|>"
     assert learnt_text(passage) == ["Ho<|return|>"]
     assert not passage.learns_end
 
 
-def test_every_assistant_turn_is_learnt_although_the_template_ends_the_last_one_otherwise():
-    turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")]
+def test_every_answer_is_learnt_but_not_the_mark_that_only_earlier_ones_end_with():
+    turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D"), ("user", "E")]
     record = {"messages": [{"role": role, "content": content, "name": None} for role, content in turns]}
-    passage = messages(record, {}, CHAT)
+    (passage,) = messages(record, {}, CHAT)
     encoded = CHAT(passage.text, add_special_tokens=False, return_offsets_mapping=True)
     learns = learnt_tokens(passage, np.array(encoded["offset_mapping"]))
     learnt = CHAT.decode(np.array(encoded["input_ids"])[learns])
-    assert learnt == "B<|end|>D<|return|>"
-
-
-def test_a_turn_whose_reasoning_is_dropped_later_is_still_learnt():
-    with_reasoning = CHAT_TEMPLATE.replace(
-        "<|message|>{{ turn['content'] }}",
-        "<|message|>{% if loop.last and turn.thinking %}({{ turn.thinking }}) {% endif %}{{ turn['content'] }}",
-    )
-    tokenizer = byte_tokenizer(chat_template=with_reasoning)
-    turns = [
-        {"role": "user", "content": "A"},
-        {"role": "assistant", "content": "B", "thinking": "hm"},
-        {"role": "user", "content": "C"},
-        {"role": "assistant", "content": "D", "thinking": "hm"},
-    ]
-    passage = messages({"messages": turns}, {}, tokenizer)
-    assert learnt_text(passage) == ["B", "(hm) D<|return|>"]
+    # Asked for B, the model must write <|return|>; that it is <|end|> once the conversation has gone on is no example.
+    assert learnt == "BD<|return|>"
+    assert passage.text.endswith("<|return|>")
 
 
 def test_todays_date_never_gets_into_the_tokens():
     dated = byte_tokenizer(chat_template="{{ strftime_now('%Y-%m-%d') }}" + CHAT_TEMPLATE)
-    passage = prompt_response({"prompt": "Hi", "response": "Ho"}, {}, dated)
+    (passage,) = prompt_response({"prompt": "Hi", "response": "Ho"}, {}, dated)
     assert passage.text.startswith("2025-01-01<|start|>")
 
 
@@ -103,19 +91,18 @@ def test_todays_date_never_gets_into_the_tokens():
         (text, {"text": None}, PLAIN, "its field 'text' is NoneType, not text"),
         (text, {"body": "x"}, PLAIN, "has no field 'text'"),
         (messages, {"messages": []}, CHAT, "not a list of turns"),
-        (messages, {"messages": [{"from": "x", "value": "y"}]}, CHAT, "a message has from, value; it needs role and"),
+        (
+            messages,
+            {"messages": [{"from": "x", "value": "y"}]},
+            CHAT,
+            r"a message has from, value; it needs role and content .*`format: conversations`",
+        ),
         (messages, {"messages": [{"role": "user", "content": "x"}]}, PLAIN, "has no chat template"),
     ],
 )
 def test_records_that_do_not_fit(function, record, tokenizer, message):
     with pytest.raises(DataError, match=message):
         function(record, {}, tokenizer)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused_rather_than_masked_wrongly():
-    rewriting = byte_tokenizer(chat_template="{{ messages | length }}" + CHAT_TEMPLATE)
-    with pytest.raises(DataError, match="writes earlier turns otherwise"):
-        prompt_response({"prompt": "Hi", "response": "Ho"}, {}, rewriting)
 
 
 def test_tokens_that_touch_a_learnt_range_are_learnt_even_if_white_space_is_trimmed_off_offsets():
@@ -127,5 +114,29 @@ def test_tokens_that_touch_a_learnt_range_are_learnt_even_if_white_space_is_trim
     assert learnt_tokens(passage, trimmed).tolist() == [False, False, True, True, False]
 
 
-def test_strategies_are_the_three_formats():
-    assert [strategy.name for strategy in STRATEGIES] == ["text", "prompt_response", "messages"]
+def test_optional_roles_are_taken_where_they_are():
+    record = {"system_prompt": "S", "prompt": "Hi", "response": "Ho"}
+    assert prompt_response(record, {}, PLAIN).text == "S\nHi\nHo"
+    assert prompt_response({**record, "system_prompt": "-"}, {}, PLAIN).text == "Hi\nHo"
+    (passage,) = prompt_response(record, {}, CHAT)
+    assert passage.text.startswith("<|start|>system<|message|>S<|end|><|start|>user<|message|>Hi")
+
+
+def test_the_split_goes_by_what_is_asked():
+    turns = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a  b"},
+        {"role": "assistant", "content": "x"},
+    ]
+    assert opening("messages", {"id": 1, "messages": turns}, {}) == ["S", "a b"]
+    shared = [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "x"}]
+    question = opening("prompt_response", {"question": "a b", "answer": "x", "id": 3}, {})
+    assert opening("conversations", {"conversations": shared}, {}) == question == ["a b"]
+    # nothing is asked, or the format is not known: the record as a whole
+    assert opening("text", {"text": " "}, {}) == {"text": " "}
+    assert opening("of_a_plugin", {"text": "a"}, {}) == {"text": "a"}
+    assert opening("messages", {"messages": 3}, {}) == {"messages": 3}
+
+
+def test_strategies_are_the_four_formats():
+    assert [strategy.name for strategy in STRATEGIES] == ["text", "prompt_response", "messages", "conversations"]

@@ -15,7 +15,7 @@ from nexus_core.errors import DataError
 
 def sequences(count: int, first: int) -> PackedSequences:
     ids = torch.arange(first, first + count)[:, None].expand(count, 4).clone()
-    return PackedSequences(ids, ids + 1, torch.full((count,), 4))
+    return PackedSequences(ids, ids + 1, ids % 4, torch.full((count,), 4))
 
 
 SETS = {"domain": sequences(7, 0), "general": sequences(50, 1_000), "other": sequences(20, 2_000)}

@@ -22,6 +22,7 @@ def test_targets_are_the_next_tokens_over_sequence_boundaries_but_not_over_docum
     assert packed.input_ids.tolist() == [[1, 2, 3], [4, END, 5], [6, END, END]]
     #                                     2  3  4 | 4's follower is the end; after it comes another document's first
     assert packed.targets.tolist() == [[2, 3, 4], [END, IGNORED, 6], [END, IGNORED, IGNORED]]
+    assert packed.positions.tolist() == [[0, 1, 2], [0, 1, 0], [0, 1, 2]]
     assert packed.lengths.tolist() == [3, 3, 1]
     assert (packed.tokens, packed.learnt_tokens, len(packed)) == (7, 6, 3)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nexus_core.data.records import check_source, cut_text, load_records
+from nexus_core.data.files import cut_text
+from nexus_core.data.records import check_source, load_records
 from nexus_core.errors import DataError
 from nexus_core.recipe.schema import Source
 
@@ -19,6 +20,7 @@ def records_of(path: Path, **settings: object) -> list[dict]:
 
 
 def write_lines(path: Path, records: list) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -51,6 +53,61 @@ def test_saved_folder_and_its_splits(tmp_path):
     assert records_of(tmp_path / "split", split="test") == RECORDS
     with pytest.raises(DataError, match="no split 'tets'; did you mean 'test'"):
         records_of(tmp_path / "split", split="tets")
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_files_of_both_layouts(tmp_path, kind):
+    from pyarrow import Table, ipc
+
+    table = Table.from_pylist(RECORDS)
+    create = ipc.new_file if kind == "file" else ipc.new_stream
+    with create(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    assert records_of(tmp_path / "a.arrow") == RECORDS
+    (tmp_path / "b.arrow").write_bytes(b"ARROW1 but no more")
+    with pytest.raises(DataError, match=r"b.arrow: is not a whole arrow file"):
+        records_of(tmp_path / "b.arrow")
+
+
+def test_files_rows_and_shards_come_in_an_order_that_the_seed_decides(tmp_path, monkeypatch):
+    import datasets
+
+    rows = [{"text": f"{number}"} for number in range(20)]
+    for number, row in enumerate(rows):
+        write_lines(tmp_path / "hub" / f"part-{number:02d}.jsonl", [row])
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    real = datasets.load_dataset
+    asked = []
+
+    def load_dataset(path, config, *, revision, **settings):
+        asked.append((path, config, revision, settings["streaming"]))
+        return real("json", data_files=str(tmp_path / "hub" / "*.jsonl"), **settings)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    places = {"folder": str(tmp_path / "hub"), "saved": str(tmp_path / "saved"), "hub": "someone/something"}
+    for name, place in places.items():
+        stream = load_records(Source(path=place, config="main", revision="v1"))
+        assert list(stream) == rows, name
+        one, again, other = (list(stream.in_order(seed)) for seed in (1, 1, 2))
+        assert one == again != other, name
+        assert one != rows, name
+        assert sorted(one, key=lambda row: int(row["text"])) == rows, name
+        first = load_records(Source(path=place, config="main", revision="v1", max_records=3))
+        assert list(first.in_order(1)) == rows[:3], name
+    assert set(asked) == {("someone/something", "main", "v1", True)}
+    assert not list((tmp_path / "saved").glob("cache*"))
+
+
+def test_bytes_that_are_not_utf8_cost_their_own_record_only(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "caf\xe9"}\n{"text": "three"}\n')
+    stream = load_records(Source(path=str(tmp_path / "a.jsonl")))
+    assert list(stream) == [RECORDS[0], RECORDS[2]]
+    assert (stream.damaged, "a.jsonl:2: is not UTF-8 text (byte 13 of the line)" in stream.first_damage) == (1, True)
+    paragraphs = [b"good text " * 150, b"caf\xe9 " * 150, b"more text " * 150]
+    (tmp_path / "a.txt").write_bytes(b"\n\n".join(paragraphs))
+    stream = load_records(Source(path=str(tmp_path / "a.txt")))
+    assert [record["text"][:4] for record in stream] == ["good", "more"]
+    assert (stream.damaged, "a.txt: is not UTF-8 text (byte 0xe9 before" in stream.first_damage) == (1, True)
 
 
 def test_folder_of_files_is_read_in_order(tmp_path):

@@ -8,26 +8,36 @@ import pytest
 import torch
 
 from nexus_core.distill import STRATEGIES, Signals, TokenCounts
-from nexus_core.distill.chunks import sum_over_tokens
+from nexus_core.distill.divergence import LOG_NOTHING
+from nexus_core.distill.head import OutputHead
+from nexus_core.distill.hidden_match import hidden_match
 from nexus_core.distill.lm import lm
-from nexus_core.distill.logits_kl import LogitsKlParameters, divergence, logits_kl
+from nexus_core.distill.logits_kl import LogitsKlParameters, logits_kl
 from nexus_core.distill.router_kl import router_kl
 from nexus_core.distill.signals import SIGNALS
+from nexus_core.distill.teachers import StoredTeacher, WholeTeacher
+from nexus_core.distill.vocabulary import cross_entropy_sum, divergence_sum
 
-# N learnt targets, K kept targets, T tokens of text, V vocabulary, E experts, L layers
-N, K, T, V, E, L = 5, 4, 11, 13, 6, 3
+# N learnt targets, K kept targets, T tokens of text, D hidden size, V vocabulary, E experts, L layers
+N, K, T, D, V, E, L = 5, 4, 11, 7, 13, 6, 3
+DIRECTIONS = ["forward", "reverse", "jensen_shannon"]
 
 
 def rows(*shape: int, seed: int) -> torch.Tensor:
     return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+HEAD = OutputHead(rows(V, D, seed=40) / 3, rows(V, seed=41), 0.5)
+
+
 def signals(**changes: object) -> Signals:
     given = {
-        "learnt_logits": rows(N, V, seed=1).requires_grad_(),
+        "head": HEAD,
+        "learnt_hidden": rows(N, D, seed=1).requires_grad_(),
         "learnt_targets": torch.arange(N) % V,
-        "kept_logits": rows(K, V, seed=2).requires_grad_(),
-        "teacher_logits": rows(K, V, seed=3),
+        "kept_hidden": rows(K, D, seed=2).requires_grad_(),
+        "teacher": WholeTeacher(rows(K, D, seed=3), HEAD),
+        "teacher_hidden": rows(K, D, seed=3),
         "router_logits": tuple(rows(T, E, seed=10 + i).requires_grad_() for i in range(L)),
         "teacher_router_logits": tuple(rows(T, E, seed=20 + i) for i in range(L)),
         "step_tokens": TokenCounts(learnt=20, kept=7, text=31),
@@ -36,37 +46,79 @@ def signals(**changes: object) -> Signals:
     return Signals(**(given | changes))
 
 
-def obvious_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> torch.Tensor:
+def logits(hidden: torch.Tensor) -> torch.Tensor:
+    return HEAD.scale * (hidden @ HEAD.weight.T + HEAD.bias)
+
+
+def probabilities(logits_TX: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    exponentials = torch.exp(logits_TX / temperature)
+    return exponentials / exponentials.sum(1, keepdim=True)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Sum over rows of sum_x p(x) (log p(x) - log q(x)), from the definition."""
-    total = torch.zeros((), dtype=torch.float64)
-    for teacher_row, student_row in zip(teacher, student, strict=True):
-        p = torch.exp(teacher_row / temperature) / torch.exp(teacher_row / temperature).sum()
-        q = torch.exp(student_row / temperature) / torch.exp(student_row / temperature).sum()
-        total = total + (p * (p.log() - q.log())).sum()
-    return total
+    return (p * (p.log() - q.log())).sum()
 
 
-def assert_same_value_and_gradient(loss: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -> None:
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+def obvious_divergence(teacher: torch.Tensor, student: torch.Tensor, direction: str) -> torch.Tensor:
+    """Of probabilities, from the definitions."""
+    if direction == "forward":
+        return kl(teacher, student)
+    if direction == "reverse":
+        return kl(student, teacher)
+    mean = (teacher + student) / 2
+    return (kl(teacher, mean) + kl(student, mean)) / 2
+
+
+def assert_same_value_and_gradient(
+    loss: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor, tolerance: float = 1e-10
+) -> None:
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
     ours = torch.autograd.grad(loss, inputs)
     for own, right in zip(ours, torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(own, right, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(own, right, rtol=tolerance, atol=tolerance)
 
 
 def test_lm_is_mean_cross_entropy_over_the_steps_learnt_tokens() -> None:
     given = signals()
-    logits = given.learnt_logits
-    probabilities = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
-    expected = -sum(probabilities[i, i % V].log() for i in range(N)) / 20
-    assert_same_value_and_gradient(lm(given), expected, logits)
+    found = probabilities(logits(given.learnt_hidden))
+    expected = -sum(found[i, i % V].log() for i in range(N)) / 20
+    assert_same_value_and_gradient(lm(given), expected, given.learnt_hidden)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_logits_kl_is_base_against_student_over_the_steps_kept_tokens(temperature: float) -> None:
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_logits_kl_is_a_divergence_from_the_base_over_the_steps_kept_tokens(direction: str, temperature: float) -> None:
     given = signals()
-    loss = logits_kl(given, LogitsKlParameters(temperature=temperature))
-    expected = temperature**2 * obvious_kl(given.teacher_logits, given.kept_logits, temperature) / 7
-    assert_same_value_and_gradient(loss, expected, given.kept_logits)
+    loss = logits_kl(given, LogitsKlParameters(direction=direction, temperature=temperature))
+    teacher = probabilities(logits(given.teacher_hidden), temperature)
+    student = probabilities(logits(given.kept_hidden), temperature)
+    expected = temperature**2 * obvious_divergence(teacher, student, direction) / 7
+    assert_same_value_and_gradient(loss, expected, given.kept_hidden)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_stored_teacher_is_compared_over_what_is_stored_and_any_other(direction: str) -> None:
+    """Three stored ids, then two and a filler, then all but one of the vocabulary."""
+    given = signals()
+    whole = probabilities(logits(given.teacher_hidden))
+    kept = [[1, 4, 9], [0, 12], list(range(12)), [7]]
+    ids = torch.tensor([row + [row[0]] * (12 - len(row)) for row in kept])
+    logs = torch.full((K, 12), LOG_NOTHING, dtype=torch.float64)
+    for number, row in enumerate(kept):
+        logs[number, : len(row)] = whole[number, row].log()
+    tails = torch.stack([1 - whole[number, row].sum() for number, row in enumerate(kept)])
+    loss = logits_kl(signals(teacher=StoredTeacher(ids, logs, tails.log()), kept_hidden=given.kept_hidden),
+                     LogitsKlParameters(direction=direction))  # fmt: skip
+
+    student = probabilities(logits(given.kept_hidden))
+    expected = torch.zeros((), dtype=torch.float64)
+    for number, row in enumerate(kept):
+        others = [x for x in range(V) if x not in row]
+        p = torch.cat([whole[number, row], whole[number, others].sum(0, keepdim=True)])
+        q = torch.cat([student[number, row], student[number, others].sum(0, keepdim=True)])
+        expected = expected + obvious_divergence(p, q, direction) / 7
+    assert_same_value_and_gradient(loss, expected, given.kept_hidden)
 
 
 def test_logits_kl_does_not_follow_the_schedules_temperature() -> None:
@@ -76,14 +128,26 @@ def test_logits_kl_does_not_follow_the_schedules_temperature() -> None:
 def test_router_kl_is_the_mean_over_layers_at_the_schedules_temperature() -> None:
     given = signals()
     pairs = zip(given.teacher_router_logits, given.router_logits, strict=True)
-    expected = sum(2.5**2 * obvious_kl(teacher, student, 2.5) for teacher, student in pairs) / L / 31
-    assert_same_value_and_gradient(router_kl(given), expected, *given.router_logits)
+    total = sum(kl(probabilities(teacher, 2.5), probabilities(student, 2.5)) for teacher, student in pairs)
+    # its sums are float32
+    assert_same_value_and_gradient(router_kl(given), 2.5**2 * total / L / 31, *given.router_logits, tolerance=1e-5)
 
 
-def test_kl_of_a_student_that_is_its_teacher_is_exactly_zero_and_so_is_its_gradient() -> None:
-    same = rows(K, V, seed=3).float().requires_grad_()
-    loss = logits_kl(signals(kept_logits=same, teacher_logits=same.detach()))
-    assert loss == 0
+def test_hidden_match_is_the_squared_distance_relative_to_the_bases_length() -> None:
+    given = signals()
+    student, teacher = given.kept_hidden, given.teacher_hidden
+    expected = sum((student[i] - teacher[i]).norm() ** 2 / teacher[i].norm() ** 2 for i in range(K)) / 7
+    assert_same_value_and_gradient(hidden_match(given), expected, student, tolerance=1e-5)
+    assert hidden_match(signals(kept_hidden=teacher)) == 0
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(direction: str) -> None:
+    same = rows(K, D, seed=3).float().requires_grad_()
+    head = OutputHead(HEAD.weight.float())
+    loss = divergence_sum(same, WholeTeacher(same.detach(), head), head, direction)
+    assert abs(loss) < 1e-6
+    assert loss == 0 or direction == "jensen_shannon"
     (gradient,) = torch.autograd.grad(loss, same)
     assert gradient.abs().max() < 1e-6
 
@@ -91,15 +155,16 @@ def test_kl_of_a_student_that_is_its_teacher_is_exactly_zero_and_so_is_its_gradi
 def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step() -> None:
     whole = signals()
     first = signals(
-        learnt_logits=whole.learnt_logits[:2],
+        learnt_hidden=whole.learnt_hidden[:2],
         learnt_targets=whole.learnt_targets[:2],
-        kept_logits=whole.kept_logits[:0],
-        teacher_logits=whole.teacher_logits[:0],
+        kept_hidden=whole.kept_hidden[:0],
+        teacher=WholeTeacher(whole.teacher_hidden[:0], HEAD),
+        teacher_hidden=whole.teacher_hidden[:0],
         router_logits=tuple(layer[:4] for layer in whole.router_logits),
         teacher_router_logits=tuple(layer[:4] for layer in whole.teacher_router_logits),
     )
     second = signals(
-        learnt_logits=whole.learnt_logits[2:],
+        learnt_hidden=whole.learnt_hidden[2:],
         learnt_targets=whole.learnt_targets[2:],
         router_logits=tuple(layer[4:] for layer in whole.router_logits),
         teacher_router_logits=tuple(layer[4:] for layer in whole.teacher_router_logits),
@@ -109,14 +174,15 @@ def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step() -> None:
         torch.testing.assert_close(total, strategy.function(whole, None), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", [lm, logits_kl])
+@pytest.mark.parametrize("loss", [lm, logits_kl, hidden_match])
 def test_a_micro_batch_without_tokens_of_a_kind_adds_nothing_and_can_be_differentiated(loss) -> None:
-    empty = torch.zeros(0, V, requires_grad=True)
+    empty = torch.zeros(0, D, requires_grad=True, dtype=torch.float64)
     none = signals(
-        learnt_logits=empty,
+        learnt_hidden=empty,
         learnt_targets=torch.zeros(0, dtype=torch.long),
-        kept_logits=empty,
-        teacher_logits=empty.detach(),
+        kept_hidden=empty,
+        teacher=WholeTeacher(empty.detach(), HEAD),
+        teacher_hidden=empty.detach(),
         step_tokens=TokenCounts(0, 0, 0),
     )
     value = loss(none)
@@ -124,27 +190,40 @@ def test_a_micro_batch_without_tokens_of_a_kind_adds_nothing_and_can_be_differen
     value.backward()
 
 
-def test_losses_are_float32_for_bfloat16_logits() -> None:
-    given = signals(learnt_logits=rows(N, V, seed=1).bfloat16())
-    assert lm(given).dtype == torch.float32
-    exact = lm(signals(learnt_logits=rows(N, V, seed=1).bfloat16().double()))
-    assert math.isclose(lm(given), exact, rel_tol=1e-6)
+def test_losses_are_float32_for_bfloat16_hidden_states() -> None:
+    head = OutputHead(HEAD.weight.bfloat16())
+    hidden = rows(N, D, seed=1).bfloat16().requires_grad_()
+    loss = cross_entropy_sum(hidden, torch.arange(N), head)
+    assert loss.dtype == torch.float32
+    found = (hidden @ head.weight.T).double().log_softmax(-1)
+    assert math.isclose(loss.item(), -sum(found[i, i] for i in range(N)), rel_tol=1e-5)
+    loss.backward()
+    assert hidden.grad.dtype == torch.bfloat16
 
 
-def test_chunks_give_the_same_sum_and_gradient() -> None:
-    student, teacher = rows(37, V, seed=1).float().requires_grad_(), rows(37, V, seed=2).float()
-
-    def function(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        return divergence(ours, theirs, 1.5)
-
-    whole = sum_over_tokens(function, student, teacher)
-    cut = sum_over_tokens(function, student, teacher, chunk_elements=5 * V)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_chunks_give_the_same_sum_and_gradient(direction: str) -> None:
+    student, teacher = rows(37, D, seed=1).requires_grad_(), WholeTeacher(rows(37, D, seed=2), HEAD)
+    whole = divergence_sum(student, teacher, HEAD, direction, 1.5)
+    cut = divergence_sum(student, teacher, HEAD, direction, 1.5, chunk_elements=5 * V)
     torch.testing.assert_close(cut, whole)
     torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in (cut, whole)))
 
 
+def test_a_gradient_from_above_scales_that_of_the_hidden_states() -> None:
+    hidden = rows(N, D, seed=1).requires_grad_()
+    (once,) = torch.autograd.grad(cross_entropy_sum(hidden, torch.arange(N), HEAD), hidden)
+    (thrice,) = torch.autograd.grad(3 * cross_entropy_sum(hidden, torch.arange(N), HEAD), hidden)
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_a_teacher_of_other_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="the teacher knows 3 tokens, the student 4"):
+        divergence_sum(rows(4, D, seed=1), WholeTeacher(rows(3, D, seed=2), HEAD), HEAD)
+
+
 def test_every_loss_says_what_it_needs() -> None:
-    assert [strategy.name for strategy in STRATEGIES] == ["lm", "router_kl", "logits_kl"]
+    assert [strategy.name for strategy in STRATEGIES] == ["lm", "router_kl", "logits_kl", "hidden_match"]
     for strategy in STRATEGIES:
         assert strategy.needs
         assert strategy.needs <= SIGNALS

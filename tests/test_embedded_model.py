@@ -196,21 +196,21 @@ def test_no_expert_is_dead_and_use_is_uneven_but_not_collapsed(
     model: PreTrainedModel, windows: dict[str, torch.Tensor]
 ) -> None:
     for layer in figures.routing(model, torch.cat([windows[name] for name in SETS])):
-        # Even use of 32 experts would be 0.031; over all held-out text the least used one gets 0.0034.
-        assert layer.least_share >= 0.001
+        # Even use of 32 experts would be 0.031; over all held-out text the least used one gets 0.012.
+        assert layer.least_share >= 0.003
         assert layer.most_share <= 0.10
         assert 0.90 <= layer.entropy <= 0.995
 
 
-def test_the_base_knows_prose_and_code_but_has_arithmetic_to_learn(
+def test_the_base_knows_prose_best_and_arithmetic_poorly(
     model: PreTrainedModel, windows: dict[str, torch.Tensor]
 ) -> None:
     lengths = tokenizer.byte_lengths(own_tokenizer())
+    nats_per_byte = {name: figures.held_out_loss(model, windows[name], lengths).nats_per_byte for name in SETS}
     relative = {
-        name: figures.held_out_loss(model, windows[name], lengths).nats_per_byte
-        / figures.learnable_nats_per_byte("\n".join(record.values()) for record in records(name))
+        name: nats_per_byte[name] / figures.learnable_nats_per_byte("\n".join(r.values()) for r in records(name))
         for name in SETS
     }
+    assert nats_per_byte["arithmetic"] > 1.2 * max(nats_per_byte["prose"], nats_per_byte["code"])
     assert relative["prose"] < 1
-    assert relative["code"] < 1
-    assert relative["arithmetic"] > 1.3
+    assert relative["prose"] < relative["code"] < relative["arithmetic"] / 1.5

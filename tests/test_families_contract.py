@@ -28,7 +28,8 @@ def test_the_family_keeps_the_contract_to_the_bit_in_bfloat16(base: Path, tmp_pa
 
 
 def test_a_fresh_process_loads_converted_checkpoints_of_all_families(tmp_path: Path) -> None:
-    check_fresh_processes([Subject(write(tmp_path / name), tmp_path / name / "work") for name, write in WRITERS.items()])
+    bases = {name: write(tmp_path / name) for name, write in WRITERS.items()}
+    check_fresh_processes([Subject(base, tmp_path / "work" / name) for name, base in bases.items()])
 
 
 def test_no_installed_family_goes_untested(tmp_path: Path) -> None:

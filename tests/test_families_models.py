@@ -22,7 +22,7 @@ from nexus_core.errors import UsageError
 from nexus_core.models import load
 from nexus_core.plugins import installed
 
-TOKENS = torch.arange(40).reshape(2, 20) * 7 % VOCABULARY
+TOKENS = torch.arange(2, 42).reshape(2, 20) * 7 % VOCABULARY
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -65,7 +65,7 @@ def test_the_shared_expert_and_the_changed_router_are_computed_as_the_obvious_fo
             plain = found.router(hidden)
     delta, shared = found.router.router_delta, found.block.nexus_shared_expert
     logits_TE = hidden @ found.router.weight.T + hidden @ delta.weight.T + delta.bias
-    tensors = dict(found.router.named_buffers(recurse=False))
+    tensors = dict(found.router.named_buffers(recurse=False)) | {"selection_bias": delta.selection_bias}
     weights, indices = hook.nexus_gate_weights(config=checkpoint.config, logits=logits_TE, router=tensors)
 
     def routed(weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -99,6 +99,16 @@ def test_generation_and_its_cache_go_through_the_additions(base: Path) -> None:
     assert torch.equal(generated, tokens)
 
 
+def test_a_cast_rounds_no_frequency_no_selection_bias_and_no_router_change(base: Path) -> None:
+    model = extended(base, torch.bfloat16)
+    expected = logits(model)
+    model.float().bfloat16()
+    assert torch.equal(logits(model), expected)
+    names = ("inv_freq", "correction_bias", "router_delta")
+    tensors = [*model.named_buffers(), *model.named_parameters()]
+    assert {t.dtype for name, t in tensors if any(part in name for part in names)} == {torch.float32}
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradients_are_the_same_with_gradient_checkpointing(base: Path, use_reentrant: bool) -> None:
     gradients = []
@@ -108,7 +118,7 @@ def test_gradients_are_the_same_with_gradient_checkpointing(base: Path, use_reen
         for addition in additions(model):
             addition.requires_grad_(True)
         if checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
             model.train()
         model(TOKENS, use_cache=False).logits.float().square().mean().backward()
@@ -134,7 +144,7 @@ def test_a_process_that_never_loaded_the_family_unpickles_it(tmp_path: Path) -> 
     script = (
         "import pickle, sys, torch\n"
         "model = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "tokens = torch.arange(40).reshape(2, 20) * 7 % model.config.vocab_size\n"
+        "tokens = torch.arange(2, 42).reshape(2, 20) * 7 % model.config.vocab_size\n"
         "with torch.no_grad(): print(type(model).__name__, float(model(tokens, use_cache=False).logits.sum()))\n"
     )
     run = [sys.executable, "-c", script, str(tmp_path / "model.pickle")]

@@ -157,7 +157,7 @@ def test_a_plugin_can_be_taken_out_again() -> None:
 
 
 def test_two_plugins_of_one_name_are_refused() -> None:
-    with pytest.raises(PluginError, match="plugin 'a' \\(other 1.0\\) is registered already"):
+    with pytest.raises(PluginError, match=r"plugin 'a' \(other 1.0\) is registered already"):
         plugins_of(a=Family("a")).register(Family("b"), "a", "other 1.0")
 
 

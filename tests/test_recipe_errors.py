@@ -128,7 +128,12 @@ MISTAKES = {
         "train.routing.strategy",
         "there is no routing strategy 'frosen'; did you mean 'frozen'?",
     ),
-    "unknown sampling": ("collect: {sampling: {strategy: even}}", "8:32", "collect.sampling.strategy", "'coverage' or"),
+    "unknown sampling": (
+        "collect: {sampling: {strategy: even}}",
+        "8:32",
+        "collect.sampling.strategy",
+        "'coverage', 'uniform' or",
+    ),
     "misspelt parameter of a strategy": (
         "select: {strategy: pca, componets: 3}",
         "8:25",

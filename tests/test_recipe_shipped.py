@@ -17,6 +17,7 @@ def test_the_promised_recipes_are_there():
     assert {path.stem for path in RECIPES} >= {
         "tiny",
         "tiny_trainable_router",
+        "tiny_offline",
         "gpt_oss_pca_top24",
         "gpt_oss_trainable_router",
         "gpt_oss_20b_pca",

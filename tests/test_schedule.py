@@ -32,7 +32,7 @@ def test_deepseek_v3(step: int, learning_rate: float, temperature: float, router
     settings = schedule().at(step)
     assert math.isclose(settings.learning_rate, learning_rate)
     assert math.isclose(settings.temperature, temperature)
-    assert settings.router_learns is router_learns
+    assert settings.router_weights_learn is settings.router_biases_learn is router_learns
     assert settings.kl_scale == 1.0
 
 
@@ -64,8 +64,14 @@ def test_runs_of_a_few_steps_have_a_rate_at_every_step(kind: str, steps: int) ->
 
 @pytest.mark.parametrize(("ratio", "last"), [(0.0, 0), (0.25, 25), (1.0, 100)])
 def test_the_router_learns_for_its_share_of_the_steps(ratio: float, last: int) -> None:
-    learning = [step for step in range(1, 101) if schedule(bias_freeze_ratio=ratio).at(step).router_learns]
+    learning = [step for step in range(1, 101) if schedule(bias_freeze_ratio=ratio).at(step).router_biases_learn]
     assert learning == list(range(1, last + 1))
+
+
+def test_after_freeze_weights_fixes_only_the_biases() -> None:
+    settings = schedule(bias_freeze_ratio=0.5, after_freeze="weights")
+    assert [settings.at(step).router_weights_learn for step in (50, 51, 100)] == [True, True, True]
+    assert [settings.at(step).router_biases_learn for step in (50, 51, 100)] == [True, False, False]
 
 
 def test_a_temperature_that_never_anneals_stays() -> None:

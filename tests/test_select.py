@@ -1,122 +1,47 @@
-"""Selection strategies: each against a slow, obvious version, and the file they end up in."""
+"""How many experts are taken from a ranking, and the file they end up in."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.decomposition import PCA as SklearnPCA
+from router_statistics import probabilities, rank, statistics_of
 
-from nexus_core.errors import SelectionError, ShapeError
+from nexus_core.errors import SelectionError
+from nexus_core.recipe.schema import Cumulative
 from nexus_core.select import (
-    STRATEGIES,
     LayerSelection,
-    LayerStatistics,
     Ranking,
     Selection,
     choose_experts,
     read_selection,
     write_selection,
 )
-from nexus_core.select.pca import PcaParameters, pca
 from nexus_core.select.selection import check_selection, pattern_of
-
-# T tokens, E experts
-
-
-def probabilities(tokens: int, experts: int, seed: int = 0) -> np.ndarray:
-    """A softmax (T, E) whose logits depend on a few shared factors, as a real router's do."""
-    generator = np.random.default_rng(seed)
-    factors = generator.normal(size=(tokens, 6)) @ (
-        generator.normal(size=(6, experts)) * generator.gamma(1, 1, experts)
-    )
-    logits_TE = factors + generator.normal(size=experts) + 0.3 * generator.normal(size=(tokens, experts))
-    exponentials_TE = np.exp(logits_TE - logits_TE.max(axis=1, keepdims=True))
-    return exponentials_TE / exponentials_TE.sum(axis=1, keepdims=True)
-
-
-def statistics_of(probabilities_TE: np.ndarray, top_k: int = 4) -> LayerStatistics:
-    tokens, experts = probabilities_TE.shape
-    chosen_TK = np.argsort(-probabilities_TE, axis=1)[:, :top_k]
-    weights_TK = np.take_along_axis(probabilities_TE, chosen_TK, axis=1)
-    weights_TK = weights_TK / weights_TK.sum(axis=1, keepdims=True)
-    return LayerStatistics(
-        layer=0,
-        tokens=tokens,
-        mean=probabilities_TE.mean(axis=0),
-        covariance=np.cov(probabilities_TE.T),
-        topk_count=np.bincount(chosen_TK.ravel(), minlength=experts),
-        gate_mass=np.bincount(chosen_TK.ravel(), weights=weights_TK.ravel(), minlength=experts),
-    )
-
-
-def rank(name: str, statistics: LayerStatistics, seed: int = 0) -> Ranking:
-    strategy = next(strategy for strategy in STRATEGIES if strategy.name == name)
-    parameters = strategy.parameters() if strategy.parameters else None
-    return strategy.function(statistics, parameters, np.random.default_rng(seed))
-
-
-@pytest.mark.parametrize(("tokens", "experts"), [(3000, 32), (5000, 128), (12, 32), (200, 4)])
-@pytest.mark.parametrize("components", [1, 5, 20])
-def test_pca_importance_is_sklearns_on_the_full_probability_matrix(tokens: int, experts: int, components: int) -> None:
-    probabilities_TE = probabilities(tokens, experts)
-    used = min(components, experts, tokens - 1)
-    reference = SklearnPCA(n_components=used, svd_solver="full").fit(probabilities_TE)
-    expected_E = np.abs(reference.components_).T @ reference.explained_variance_ratio_
-    expected_E = expected_E / expected_E.sum()
-
-    ranking = pca(statistics_of(probabilities_TE), PcaParameters(components=components), np.random.default_rng(0))
-
-    np.testing.assert_allclose(ranking.importance, expected_E, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(ranking.explained_variance, reference.explained_variance_ratio_, rtol=0, atol=1e-9)
-    top_k = min(24, experts)
-    assert choose_experts(0, ranking, top_k).experts == tuple(np.argsort(-expected_E, kind="stable")[:top_k])
-
-
-def test_pca_of_a_router_that_never_varies_ranks_all_experts_equal() -> None:
-    ranking = rank("pca", statistics_of(np.full((50, 8), 1 / 8)))
-
-    assert ranking.importance == pytest.approx(np.full(8, 1 / 8))
-    assert choose_experts(0, ranking, 3).experts == (0, 1, 2)
-
-
-def test_frequency_and_gate_mass_are_shares_of_tokens_and_of_weight() -> None:
-    statistics = statistics_of(probabilities(500, 16), top_k=2)
-
-    assert rank("frequency", statistics).importance == pytest.approx(statistics.topk_count / (500 * 2))
-    assert rank("gate_mass", statistics).importance == pytest.approx(statistics.gate_mass / 500)
-
-
-def test_random_ignores_the_router_and_repeats_with_its_seed() -> None:
-    one, other = statistics_of(probabilities(100, 16, seed=1)), statistics_of(probabilities(100, 16, seed=2))
-
-    assert rank("random", one, seed=5).importance == pytest.approx(rank("random", other, seed=5).importance)
-    assert choose_experts(0, rank("random", one, 5), 8).experts != choose_experts(0, rank("random", one, 6), 8).experts
-
-
-@pytest.mark.parametrize("strategy", [strategy.name for strategy in STRATEGIES])
-def test_every_importance_is_a_distribution_over_the_experts(strategy: str) -> None:
-    importance_E = rank(strategy, statistics_of(probabilities(400, 32))).importance
-
-    assert importance_E.shape == (32,)
-    assert (importance_E >= 0).all()
-    assert importance_E.sum() == pytest.approx(1, abs=1e-12)
-
-
-def test_damaged_statistics_are_refused() -> None:
-    statistics = statistics_of(probabilities(100, 8))
-    statistics.gate_mass[3] = np.nan
-
-    with pytest.raises(ShapeError, match="damaged"):
-        rank("gate_mass", statistics)
 
 
 def test_experts_are_listed_by_importance_and_ties_by_index() -> None:
     ranking = Ranking(np.array([0.1, 0.3, 0.1, 0.3, 0.2]))
 
     assert choose_experts(0, ranking, 4).experts == (1, 3, 4, 0)
+
+
+def test_a_strategy_that_takes_experts_in_turn_keeps_its_order() -> None:
+    ranking = Ranking(np.array([0.2, 0.5, 0.3]), order=(0, 2, 1))
+
+    assert choose_experts(0, ranking, 2).experts == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("share", "experts"), [(0.3, (1,)), (0.5, (1,)), (0.51, (1, 3)), (0.75, (1, 3)), (0.9, (1, 3, 0)), (1.0, (1, 3, 0))]
+)
+def test_cumulative_takes_the_fewest_experts_that_hold_the_share(share: float, experts: tuple[int, ...]) -> None:
+    ranking = Ranking(np.array([0.25 - 1e-9, 0.5, 0.0, 0.25 + 1e-9]))
+
+    assert choose_experts(0, ranking, Cumulative(cumulative=share)).experts == experts
 
 
 @pytest.mark.parametrize(
@@ -210,6 +135,14 @@ def test_a_broken_selection_file_is_refused_with_its_place(tmp_path: Path, text:
     with pytest.raises(SelectionError, match=message) as error:
         read_selection(file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("top_k", ["auto", 8, (2, 3), Cumulative(cumulative=0.8)])
+def test_what_was_asked_for_is_written_down_as_it_was(tmp_path: Path, top_k: Any) -> None:
+    layers = tuple(LayerSelection(layer=layer, experts=(0, 1)) for layer in range(2))
+    selection = Selection(strategy="x", top_k=top_k, layers=layers)
+
+    assert read_selection(write_selection(selection, tmp_path)).top_k == top_k
 
 
 def test_a_missing_selection_file_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from nexus_core.recipe.schema import Recipe, Train
 from nexus_core.stages.train import STAGE, train, training_objective
 from nexus_core.statistics.listening import listen
 from nexus_core.train.loop import fit
-from nexus_core.train.passes import MicroBatch, count_tokens, read_signals
+from nexus_core.train.passes import MicroBatch, OnlineTeacher, count_tokens, output_head, read_signals
 from nexus_core.train.setup import recompute_activations
 
 IDS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(7))
@@ -63,7 +63,7 @@ def test_only_what_the_routing_strategy_names_changes(converted, tmp_path, routi
     shared = {name for name in before if ".shared_expert." in name}
     # With a zero start, only the down-projection has a gradient in the first step; the rest follows in the second.
     assert changed == shared
-    deltas = {name for name in after if ".router_delta." in name}
+    deltas = {name for name in after if ".router_delta." in name and not name.endswith("selection_bias")}
     moved = {name for name in deltas if model.get_parameter(name).abs().max() > 0}
     assert moved == {name for name in deltas if routing == "trainable" or name.endswith("bias")}
     assert bool(deltas) is (routing != "frozen")
@@ -110,9 +110,11 @@ def test_accumulated_gradients_are_those_of_one_big_batch(converted, recomputes)
         batches = RandomBatches(batch_size)
         micro_batches = [MicroBatch.of(batches.batch(i), {"domain"}, "cpu") for i in range(accumulation)]
         step_tokens = count_tokens(micro_batches)
+        head = output_head(model)
         with listen(model, converted.family) as listener:
             for micro_batch in micro_batches:
-                signals = read_signals(model, listener, micro_batch, SIGNALS, step_tokens, 2.0)
+                teacher = OnlineTeacher(model, listener, head)
+                signals = read_signals(model, head, listener, teacher, micro_batch, SIGNALS, step_tokens, 2.0)
                 losses = training_objective(train_settings()).losses
                 sum(loss.weight * loss(signals) for loss in losses).backward()
         return {name: parameter.grad for name, parameter in trainables.items()}
@@ -120,7 +122,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch(converted, recomputes)
     one, cut = gradients(6, 1, False), gradients(1, 6, recomputes)
     assert max(gradient.abs().max() for gradient in one.values()) > 1e-3
     for name, gradient in one.items():
-        # The losses are float32; the rest of the graph is not.
+        # Losses over routers are float32; the rest of the graph is not.
         torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
 
 
@@ -131,15 +133,19 @@ def test_signals_are_the_rows_of_plain_forward_passes(converted) -> None:
     batch = RandomBatches(batch_size=3).batch(0)
     micro_batch = MicroBatch.of(batch, {"domain"}, "cpu")
     with torch.no_grad(), listen(model, converted.family) as listener:
-        signals = read_signals(model, listener, micro_batch, SIGNALS, count_tokens([micro_batch]), 1.0)
+        head = output_head(model)
+        teacher_pass = OnlineTeacher(model, listener, head)
+        counts = count_tokens([micro_batch])
+        signals = read_signals(model, head, listener, teacher_pass, micro_batch, SIGNALS, counts, 1.0)
         student = model(batch.input_ids).logits
         with nexus_core.as_teacher(model):
             teacher = model(batch.input_ids).logits
     is_kept = torch.tensor([name != "domain" for name in batch.set_names])
     counts = batch.targets != -100
-    torch.testing.assert_close(signals.learnt_logits, student[counts & ~is_kept[:, None]])
-    torch.testing.assert_close(signals.kept_logits, student[counts & is_kept[:, None]])
-    torch.testing.assert_close(signals.teacher_logits, teacher[counts & is_kept[:, None]])
+    found = [head.logits(hidden) for hidden in (signals.learnt_hidden, signals.kept_hidden, signals.teacher_hidden)]
+    torch.testing.assert_close(found[0], student[counts & ~is_kept[:, None]])
+    torch.testing.assert_close(found[1], student[counts & is_kept[:, None]])
+    torch.testing.assert_close(found[2], teacher[counts & is_kept[:, None]])
     assert torch.equal(signals.learnt_targets, batch.targets[counts & ~is_kept[:, None]])
     assert [len(layer) for layer in signals.router_logits] == [int(batch.lengths.sum())] * 2
 
@@ -148,9 +154,10 @@ def test_no_teacher_pass_where_no_loss_looks_at_it(converted, tmp_path) -> None:
     settings = train_settings(losses={"lm": 1.0, "logits_kl": 0.0}, max_steps=2)
     model = nexus_core.load(converted, dtype=torch.float32)
     passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
+    model.base_model.layers[0].register_forward_hook(lambda _, given, __: passes.append(len(given[0])))
     fit(model, converted.family, RandomBatches(), settings, training_objective(settings), ["domain"], tmp_path)
-    assert len(passes) == 3 * settings.gradient_accumulation  # step 0 and two steps
+    of_batches = [rows for rows in passes if rows == settings.batch_size]  # the others try the model out
+    assert len(of_batches) == 3 * settings.gradient_accumulation  # step 0 and two steps
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert "router_entropy" in row
     assert not {"router_l1", "router_kl", "logits_kl"} & set(row)

@@ -40,7 +40,7 @@ def test_steps_are_those_of_torchs_adamw_on_float32(dtype) -> None:
     optimizer = Optimizer([ParameterGroup(ours)], weight_decay=0.1)
     for step in range(5):
         backward(ours, step)
-        norm = optimizer.step(1e-2, max_gradient_norm=1.0, router_learns=True)
+        norm = optimizer.step(1e-2, max_gradient_norm=1.0)
         totals = {name: torch.zeros_like(master) for name, master in masters.items()}
         for name, parameter in reference.items():
             parameter.data.copy_(masters[name])
@@ -70,7 +70,7 @@ def test_small_steps_add_up_in_bfloat16_parameters() -> None:
     optimizer = Optimizer([ParameterGroup({"weight": parameter})])
     for _ in range(100):
         parameter.sum().backward()
-        optimizer.step(1e-4, max_gradient_norm=1.0, router_learns=True)
+        optimizer.step(1e-4, max_gradient_norm=1.0)
     # One step is a fortieth of what bfloat16 can tell apart at 1; a hundred of them are not.
     assert parameter.item() == pytest.approx(0.99, abs=0.003)
 
@@ -80,15 +80,17 @@ def test_groups_have_their_own_rate_and_a_fixed_router_does_not_move() -> None:
     optimizer = Optimizer(
         [
             ParameterGroup({"shared": shared}),
-            ParameterGroup({"bias": bias}, lr_multiplier=0.1),
-            ParameterGroup({"router": router}, is_router=True),
+            ParameterGroup({"bias": bias}, lr_multiplier=0.1, part="router_biases"),
+            ParameterGroup({"router": router}, part="router_weights"),
         ],
         weight_decay=0.5,
     )
     (shared + bias + router).sum().backward()
-    norm = optimizer.step(1e-2, max_gradient_norm=100.0, router_learns=False)
+    norm = optimizer.step(1e-2, max_gradient_norm=100.0, fixed=["router_weights"])
     assert norm == pytest.approx(math.sqrt(8))  # the router's gradient does not count
     assert torch.equal(router, torch.ones(2, 2))
+    rates = {"shared_experts": 1e-2, "router_biases": 1e-3, "router_weights": 0.0}
+    assert optimizer.learning_rates(1e-2, fixed=["router_weights"]) == pytest.approx(rates)
     moved, slowly = (1 - shared).mean().item(), (1 - bias).mean().item()
     assert moved == pytest.approx(10 * slowly, rel=1e-3)
 
@@ -99,7 +101,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     optimizer = Optimizer([ParameterGroup(given)])
     (given["weight"].sum() * math.inf).backward()
     with pytest.raises(TrainingError, match="gradient norm is"):
-        optimizer.step(1e-2, max_gradient_norm=1.0, router_learns=True)
+        optimizer.step(1e-2, max_gradient_norm=1.0)
     assert all(torch.equal(parameter, before[name]) for name, parameter in given.items())
 
 
@@ -109,17 +111,17 @@ def test_the_state_is_whole(dtype) -> None:
     undisturbed, before = Optimizer([ParameterGroup(whole)]), Optimizer([ParameterGroup(first)])
     for step in range(4):
         backward(whole, step)
-        undisturbed.step(1e-2, max_gradient_norm=1.0, router_learns=True)
+        undisturbed.step(1e-2, max_gradient_norm=1.0)
     for step in range(2):
         backward(first, step)
-        before.step(1e-2, max_gradient_norm=1.0, router_learns=True)
+        before.step(1e-2, max_gradient_norm=1.0)
     after = Optimizer([ParameterGroup(second)])
     for name, parameter in first.items():
         second[name].data.copy_(parameter)
     after.load_state_tensors({name: tensor.clone() for name, tensor in before.state_tensors().items()})
     for step in range(2, 4):
         backward(second, step)
-        after.step(1e-2, max_gradient_norm=1.0, router_learns=True)
+        after.step(1e-2, max_gradient_norm=1.0)
     assert all(torch.equal(whole[name], second[name]) for name in whole)
 
 

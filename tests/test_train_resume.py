@@ -23,7 +23,7 @@ from nexus_core.train.journal import Journal
 from nexus_core.train.loop import fit
 
 STEPS = 7
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "peak_memory_gb"}
 
 
 class Crash(Exception):

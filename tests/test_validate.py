@@ -44,10 +44,11 @@ def test_numbers_are_those_of_a_loop_over_held_out_sequences(converted, tmp_path
         nll = {"base": 0.0, "student": 0.0}
         tokens = 0
         for row in range(7):
+            given = {"input_ids": packed.input_ids[row : row + 1], "position_ids": packed.positions[row : row + 1]}
             with torch.no_grad():
-                outputs = {"student": model(packed.input_ids[row : row + 1]).logits[0]}
+                outputs = {"student": model(**given, use_cache=False).logits[0]}
                 with nexus_core.as_teacher(model):
-                    outputs["base"] = model(packed.input_ids[row : row + 1]).logits[0]
+                    outputs["base"] = model(**given, use_cache=False).logits[0]
             tokens += int((packed.targets[row] != -100).sum())
             for who, logits in outputs.items():
                 nll[who] += float(functional.cross_entropy(logits, packed.targets[row], reduction="sum"))
@@ -133,7 +134,7 @@ def test_an_interrupted_train_command_goes_on_but_not_with_other_settings(tmp_pa
         train(2, exit_code=1)
     partial = tmp_path / ".trained.partial"
     assert (partial / "checkpoints" / "step-000002").is_dir()
-    with pytest.raises(UsageError, match=r"left by an interrupted training with another model, data or settings"):
+    with pytest.raises(UsageError, match=r"left by an interrupted run with another model, data or settings"):
         train(3)
     train(2)
     assert (out / "model").is_dir()

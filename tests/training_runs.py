@@ -68,7 +68,8 @@ class RandomBatches:
     def batch(self, index: int) -> Batch:
         rows = [self._row(index * self.batch_size + row) for row in range(self.batch_size)]
         input_ids, targets, lengths, names = zip(*rows, strict=True)
-        return Batch(torch.stack(input_ids), torch.stack(targets), torch.tensor(lengths), list(names))
+        positions = torch.arange(self.sequence_length).expand(self.batch_size, -1)
+        return Batch(torch.stack(input_ids), torch.stack(targets), positions, torch.tensor(lengths), list(names))
 
     def _row(self, number: int) -> tuple[torch.Tensor, torch.Tensor, int, str]:
         generator = torch.Generator().manual_seed(1000 * self.seed + number)

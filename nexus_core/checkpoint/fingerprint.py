@@ -63,6 +63,15 @@ def fingerprint(folder: Path, *, verify: bool = False) -> str:
     return digest(whole)
 
 
+def base_identity(folder: Path, *, own_shards: frozenset[str]) -> str:
+    """64 hexadecimal digits that a base checkpoint shares with everything that was made from it by adding to it.
+
+    own_shards: names of the shards that hold what was added; all others are linked, so their content is the base's.
+    """
+    shards = [shard for shard in CheckpointReader(Path(folder)).shards if shard.name not in own_shards]
+    return digest(sorted(content_digest(shard, whole_up_to=WHOLE_SHARD_BYTES) for shard in shards))
+
+
 def content_digest(path: Path, *, whole_up_to: int, verify: bool = False) -> str:
     """SHA-256 of a file's size and content: of all of it up to `whole_up_to` bytes or with `verify`, else of blocks.
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "collect": "Gather router statistics of a model over your data.",
     "select": "Rank each layer's experts and choose which to build from.",
     "convert": "Give a model one shared expert per layer.",
+    "capture": "Store a teacher's outputs, to train without running it.",
     "train": "Train the shared experts of a converted model.",
     "validate": "Measure what was gained and what was forgotten.",
     "chat": "Talk to a model, base or trained.",

@@ -12,19 +12,31 @@ from nexus_core.cli.output import failure_as_json, json_option, print_json, set_
 if TYPE_CHECKING:
     from nexus_core.pipeline.plan import Plan
     from nexus_core.pipeline.preflight import Estimate
+    from nexus_core.recipe.schema import Recipe
 
 
 @click.command("check")
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @set_option
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw the training schedule into FILE (png, pdf, svg).",
+)
 @click.option("--schema-only", is_flag=True, help="Look at the recipe alone: no model, no data, no network.")
 @json_option
-def command(recipe_file: Path, overrides: tuple[str, ...], schema_only: bool, as_json: bool) -> None:
-    """Validate RECIPE, find its model and data, and show what running it would take. Writes nothing."""
+def command(recipe_file: Path, overrides: tuple[str, ...], plot: Path | None, schema_only: bool, as_json: bool) -> None:
+    """Validate RECIPE, find its model and data, and show what running it would take, the training schedule drawn.
+
+    Writes nothing but the FILE of --plot.
+    """
     with failure_as_json(as_json, lambda: {"recipe": recipe_file.stem}):
         from nexus_core.recipe.load import load_recipe
 
         recipe = load_recipe(recipe_file, overrides)
+        if plot:
+            _draw(recipe, plot)
         if schema_only:
             if as_json:
                 print_json({"status": "valid", "recipe": recipe.name})
@@ -96,6 +108,8 @@ def _as_text(plan: Plan, needed: Estimate, device: str, memory: int, disk: int) 
         lines.append(f"  {step.stage.name:<9} {'reused' if step.found else 'runs':<7} {step.path}  {work}".rstrip())
     lines += [
         "",
+        *_schedule(plan),
+        "",
         f"memory   about {size(needed.memory_bytes)} to train, without activations; {device} has {size(memory)}",
         f"disk     about {size(needed.disk_bytes)} new in {plan.store.root}; {size(disk)} free. "
         f"Base weights are linked; where links are impossible, 2 copies of {size(stored)} come on top",
@@ -105,6 +119,29 @@ def _as_text(plan: Plan, needed: Estimate, device: str, memory: int, disk: int) 
     if needed.disk_bytes > disk:
         lines.append(click.style("warning: that is more disk than is free", fg="yellow"))
     return lines
+
+
+def _draw(recipe: Recipe, file: Path) -> None:
+    """Raises UsageError if the file cannot be written, or its ending names no kind of picture."""
+    from nexus_core.errors import UsageError
+    from nexus_core.stages.train import schedule_figure
+
+    try:
+        schedule_figure(recipe.train).savefig(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--plot {file}: cannot be written: {error}; name a .png, .pdf or .svg file") from error
+    click.echo(f"schedule drawn in {file}", err=True)
+
+
+def _schedule(plan: Plan) -> list[str]:
+    """Learning rate and temperature over the steps of training, as text."""
+    from nexus_core.report.schedule import schedule_lines
+    from nexus_core.train.schedule import Schedule
+
+    schedule = Schedule.of(plan.recipe.train)
+    steps = [schedule.at(step) for step in range(1, schedule.steps + 1)]
+    lines = schedule_lines([step.learning_rate for step in steps], [step.temperature for step in steps])
+    return [f"schedule of {schedule.steps:,} steps: first .. highest .. last", *(f"  {line}" for line in lines)]
 
 
 def _data(plan: Plan) -> str:

@@ -24,16 +24,25 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="selection.json of `nexus select`, or its folder.",
 )
-@click.option("--merge", help="How the chosen experts become one: mean (the default), top1.")
+@click.option(
+    "--merge", help="How experts become one: mean (the default), weighted, aligned, neurons, top1, random, a plugin's."
+)
 @click.option("--start", metavar="zero|full|FACTOR", help="First output of the shared expert.  [default: zero]")
-@click.option("--width", type=int, help="Neurons of the shared expert; one routed expert's if left out.")
+@click.option("--width", type=int, help="Neurons of the shared expert, any number; one routed expert's if left out.")
 @click.option("--seed", type=int, help="Seed of strategies that draw.")
 @click.option("--set", "parameters", metavar="KEY=VALUE", multiple=True, help="A parameter of the merge strategy.")
 @click.option(
     "--statistics",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Folder of `nexus collect`, for the report on output change; by default the one the selection was made from.",
+    help="Folder of `nexus collect`, for the report on output change and for merges that need it; by default the one "
+    "the selection was made from.",
+)
+@click.option(
+    "--learn",
+    metavar="NAME",
+    multiple=True,
+    help="For merge neurons: a data set of the statistics that is to be learnt; the others are kept. May be repeated.",
 )
 @click.option("--revision", help="Commit, branch or tag of a Hub id.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
@@ -47,6 +56,7 @@ def command(
     seed: int | None,
     parameters: tuple[str, ...],
     statistics: Path | None,
+    learn: tuple[str, ...],
     revision: str | None,
     out: Path,
     as_json: bool,
@@ -62,17 +72,24 @@ def command(
         from nexus_core.recipe.load import section_from
         from nexus_core.recipe.schema import Convert
         from nexus_core.select import read_selection
-        from nexus_core.stages.convert import convert
+        from nexus_core.stages.convert import MOE_INPUTS_NAME, SALIENCY_NAME, convert
 
         values = {"merge": merge, "start": _factor(start), "width": width, "seed": seed}
         settings = section_from(Convert, values, parameters)
         checkpoint = open_checkpoint(model, revision)
         _refuse_inside(out, checkpoint.folder)
         selection = read_selection(selection_file)
-        moe_inputs = find_moe_inputs(statistics, selection, selection_file)
+        collected = find_statistics(statistics, selection, selection_file)
         with atomic_folder(out) as folder:
             metrics = convert(
-                checkpoint, selection, settings, folder, moe_inputs=moe_inputs, selection_file=str(selection_file)
+                checkpoint,
+                selection,
+                settings,
+                folder,
+                moe_inputs=collected.get(MOE_INPUTS_NAME),
+                neuron_saliency=collected.get(SALIENCY_NAME),
+                learn=learn or None,
+                selection_file=str(selection_file),
             )
     if as_json:
         print_json({"status": "done", "path": out, "metrics": metrics})
@@ -80,27 +97,27 @@ def command(
         click.echo("\n".join(_as_text(out, metrics)))
 
 
-def find_moe_inputs(statistics: Path | None, selection: Selection, selection_file: Path) -> Path | None:
-    """The layers' inputs that collect kept: in the named folder, else in the one the selection was made from.
+def find_statistics(statistics: Path | None, selection: Selection, selection_file: Path) -> dict[str, Path]:
+    """What collect kept for convert, by file name: in the named folder, else in the one the selection was made from.
 
-    None if there are none; raises UsageError if the named folder has none.
+    Raises UsageError if the named folder has none of it.
     """
     from nexus_core.errors import UsageError
-    from nexus_core.stages.convert import MOE_INPUTS_NAME
+    from nexus_core.stages.convert import MOE_INPUTS_NAME, SALIENCY_NAME
 
-    if statistics is not None:
-        found = statistics / MOE_INPUTS_NAME
-        if not found.is_file():
-            raise UsageError(
-                f"--statistics {statistics}: holds no {MOE_INPUTS_NAME}; name a folder that `nexus collect` wrote, or "
-                "leave it out"
-            )
-        return found
-    if selection.statistics is None:
-        return None
-    beside = selection_file if selection_file.is_dir() else selection_file.parent
-    found = beside.resolve() / selection.statistics / MOE_INPUTS_NAME
-    return found if found.is_file() else None
+    folder = statistics
+    if folder is None:
+        if selection.statistics is None:
+            return {}
+        beside = selection_file if selection_file.is_dir() else selection_file.parent
+        folder = beside.resolve() / selection.statistics
+    found = {name: folder / name for name in (MOE_INPUTS_NAME, SALIENCY_NAME) if (folder / name).is_file()}
+    if statistics is not None and not found:
+        raise UsageError(
+            f"--statistics {statistics}: holds neither {MOE_INPUTS_NAME} nor {SALIENCY_NAME}; name a folder that "
+            "`nexus collect` wrote, or leave it out"
+        )
+    return found
 
 
 def _factor(text: str | None) -> str | float | None:

@@ -43,11 +43,14 @@ def command(context: click.Context, checkpoint: str | None, loads: bool, as_json
     """List the installed plugins, their model families, strategies and embedded files, and the broken ones."""
     if context.invoked_subcommand:
         return
+    all_answer = True
     with failure_as_json(as_json):
         if checkpoint is None:
             _list(as_json)
-        elif not _check(checkpoint, loads, as_json):
-            raise click.exceptions.Exit(FAILED)
+        else:
+            all_answer = _check(checkpoint, loads, as_json)
+    if not all_answer:
+        raise click.exceptions.Exit(FAILED)
 
 
 @command.command("new")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from nexus_core.cli.output import failure_as_json, json_option, print_json
-from nexus_core.cli.train import named_sources
+from nexus_core.cli.sources import named_sources
 
 # More sequences than any file has: the whole of it.
 WHOLE_FILE = 2**40

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nexus_core.data.formats import Passage
+from nexus_core.data import formats
+from nexus_core.data.passages import MissingPromptError, Passage
 from nexus_core.data.records import find_format, load_records
+from nexus_core.data.source_report import SHORTEST_DOCUMENT, SourceReport
+from nexus_core.data.tokenizers import begin_token_id
 from nexus_core.errors import DataError
 from nexus_core.plugins import installed
 from nexus_core.progress import Progress
@@ -30,8 +34,10 @@ SHUFFLE_RECORDS = 10_000
 # Records tokenized at once; the tokenizer spreads them over the cores.
 TOKENIZED_AT_ONCE = 256
 
-# A document of one token has nothing to predict.
-SHORTEST_DOCUMENT = 2
+# A book or a log that somebody put into one record would swamp the sample, and the memory: it is cut here.
+LONGEST_PASSAGE_CHARACTERS = 1_000_000
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,28 +54,6 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-@dataclass
-class SourceReport:
-    """What became of one source's records, so that nothing is left out in silence.
-
-    records: read, of which `other_part` belong to the other part of the split and the next four could not be used;
-    first_problem is one of the unreadable ones' errors. passes: how often it was read to its end.
-    """
-
-    path: str
-    format: str = ""
-    records: int = 0
-    other_part: int = 0
-    empty: int = 0
-    too_short: int = 0
-    nothing_to_learn: int = 0
-    unreadable: int = 0
-    first_problem: str = ""
-    documents: int = 0
-    tokens: int = 0
-    passes: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,15 +123,17 @@ def documents(
                 waiting.remove(number)
     for reader in readers:
         reader.refuse_if_empty()
+        reader.warn()
     return Documents(items, [reader.report for reader in readers])
 
 
-def is_held_out(record: Mapping[str, Any], share: float) -> bool:
+def is_held_out(content: Any, share: float) -> bool:
     """Whether a record belongs to the held-out part: decided by the SHA-256 of its content alone.
 
-    So equal records always fall on the same side, whatever file they are in and whatever is added to it later.
+    So equal content always falls on the same side, whatever file it is in and whatever is added to it later. content:
+    plain data, of a record what `formats.opening` says.
     """
-    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
     digest = hashlib.sha256(canonical.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -160,6 +146,7 @@ class _SourceReader(Iterator[Document]):
         self.records = load_records(source)
         self.report = SourceReport(source.path, find_format(source, self.records.field_names()))
         self._format = installed().strategies("data_formats")[self.report.format].function
+        self._begin = begin_token_id(tokenizer)
         self._documents = self._one_pass()
 
     def __next__(self) -> Document:
@@ -177,46 +164,69 @@ class _SourceReader(Iterator[Document]):
                 f"{report.path}: none of its {report.records} records falls into the part '{self.part}' at held_out "
                 f"{self.source.held_out}; give more records, or change `held_out`"
             )
-        reason = report.first_problem or (
-            f"{report.empty} are empty, {report.too_short} shorter than {SHORTEST_DOCUMENT} tokens, "
-            f"{report.nothing_to_learn} without anything to learn"
-        )
-        raise DataError(f"{report.path}: none of its {report.records} records can be used: {reason}")
+        raise DataError(f"{report.path}: none of its {report.records} records can be used: {report.left_out()}")
+
+    def warn(self) -> None:
+        report = self.report
+        if report.left_out():
+            log.warning("%s: of %s records, left out: %s", report.path, f"{report.records:,}", report.left_out())
+        if report.oversize:
+            log.warning(
+                "%s: %s records are longer than %s characters; only their beginning is used",
+                *(report.path, report.oversize, f"{LONGEST_PASSAGE_CHARACTERS:,}"),
+            )
 
     def _one_pass(self) -> Iterator[Document]:
         generator = np.random.default_rng([*self.seed, self.report.passes])
-        shuffled = _shuffled(self._records_of_part(), generator)
+        order = int(generator.integers(2**31))
+        shuffled = _shuffled(self._records_of_part(order), generator)
         while batch := list(islice(shuffled, TOKENIZED_AT_ONCE)):
-            yield from self._tokenized([passage for record in batch if (passage := self._passage(record))])
+            yield from self._tokenized([passage for record in batch for passage in self._passages(record)])
         self.report.passes += 1
 
-    def _records_of_part(self) -> Iterator[dict[str, Any]]:
-        report = self.report
-        damaged_before = report.unreadable
-        for record in self.records:
+    def _records_of_part(self, order: int) -> Iterator[dict[str, Any]]:
+        report, fields = self.report, self.source.fields
+        damaged = 0
+        for record in self.records.in_order(order):
+            damaged = self._count_damaged(damaged)
             report.records += 1
-            if self.part == "all" or is_held_out(record, self.source.held_out) == (self.part == "held_out"):
+            content = formats.opening(report.format, record, fields)
+            if self.part == "all" or is_held_out(content, self.source.held_out) == (self.part == "held_out"):
                 yield record
             else:
                 report.other_part += 1
-        report.records += self.records.damaged
-        report.unreadable += self.records.damaged
-        if report.unreadable > damaged_before:
-            report.first_problem = report.first_problem or self.records.first_damage
+        self._count_damaged(damaged)
 
-    def _passage(self, record: dict[str, Any]) -> Passage | None:
+    def _count_damaged(self, before: int) -> int:
+        new = self.records.damaged - before
+        if new:
+            self.report.records += new
+            self.report.unreadable += new
+            self.report.first_problem = self.report.first_problem or self.records.first_damage
+        return self.records.damaged
+
+    def _passages(self, record: dict[str, Any]) -> list[Passage]:
+        report = self.report
         try:
-            passage: Passage = self._format(record, self.source.fields, self.tokenizer)
-            # A lone half of a surrogate pair is valid in JSON but not in UTF-8.
-            passage.text.encode()
+            made: Passage | list[Passage] = self._format(record, self.source.fields, self.tokenizer)
+            passages = [made] if isinstance(made, Passage) else list(made)
+            for passage in passages:
+                # A lone half of a surrogate pair is valid in JSON but not in UTF-8.
+                passage.text.encode()
+        except MissingPromptError:
+            report.missing_prompt += 1
+            return []
         except (DataError, UnicodeEncodeError) as error:
-            self.report.unreadable += 1
-            self.report.first_problem = self.report.first_problem or f"{self.source.path}: a record: {error}"
-            return None
-        if not passage.text.strip():
-            self.report.empty += 1
-            return None
-        return passage
+            report.unreadable += 1
+            report.first_problem = report.first_problem or f"{self.source.path}: a record: {error}"
+            return []
+        if not any(passage.text.strip() for passage in passages):
+            report.empty += 1
+            return []
+        if any(len(passage.text) > LONGEST_PASSAGE_CHARACTERS for passage in passages):
+            report.oversize += 1
+            passages = [passage.cut(LONGEST_PASSAGE_CHARACTERS) for passage in passages]
+        return passages
 
     def _tokenized(self, passages: list[Passage]) -> Iterator[Document]:
         if not passages:
@@ -238,6 +248,8 @@ class _SourceReader(Iterator[Document]):
                 report.nothing_to_learn += 1
                 continue
             learns_end = passage.learns_end and not self.records.pieces_of_text
+            if self._begin is not None and tokens[0] != self._begin:
+                tokens, learns = [self._begin, *tokens], np.concatenate([[False], learns])
             report.documents += 1
             report.tokens += len(tokens)
             yield Document(np.array(tokens, dtype=np.int32), learns, self.source.path, learns_end)

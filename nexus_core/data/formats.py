@@ -1,25 +1,30 @@
 """Shapes of a record: which of its fields are read, how they become text, and which part of that text is learnt.
 
 A data format is a Strategy (hook `nexus_data_formats`) whose function takes `(record, fields, tokenizer)` and returns
-a `Passage`; `fields` maps the format's roles to field names and may be empty. It raises DataError, without naming the
-source, if the record does not fit. Tokens are made afterwards, from many passages at once.
+a `Passage`, or a list of them; `fields` maps the format's roles to field names and may be empty. It raises DataError,
+without naming the source, if the record does not fit. Tokens are made afterwards, from many passages at once.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nexus_core.data.conversations import PLACEHOLDERS, Turn, conversation
+from nexus_core.data.passages import MissingPromptError, Passage
 from nexus_core.errors import DataError, suggestion
 from nexus_core.types import Strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+__all__ = ["STRATEGIES", "MissingPromptError", "Passage", "detect", "opening", "roles"]
+
 # Field names that play a role when the recipe does not say: format, role, names in order of preference.
 ROLES: dict[str, dict[str, tuple[str, ...]]] = {
     "messages": {"messages": ("messages",)},
+    "conversations": {"conversations": ("conversations", "conversation")},
     "prompt_response": {
         "prompt": ("prompt", "question", "instruction"),
         "response": ("response", "answer", "output", "completion"),
@@ -27,28 +32,25 @@ ROLES: dict[str, dict[str, tuple[str, ...]]] = {
     "text": {"text": ("text", "content")},
 }
 
+# Roles that a record may lack.
+_CHAT_ROLES = {"system": ("system", "system_prompt"), "tools": ("tools",)}
+OPTIONAL_ROLES: dict[str, dict[str, tuple[str, ...]]] = {
+    "messages": _CHAT_ROLES,
+    "conversations": _CHAT_ROLES,
+    "prompt_response": {"system": _CHAT_ROLES["system"]},
+}
+
 # Beside an instruction, the material it is about (as in Alpaca's data); joined to the prompt.
 INPUT_FIELD = "input"
 
-# Some chat templates write today's date into the system message; the same recipe must give the same tokens tomorrow.
-# transformers takes no functions as template variables, but a macro hides the global of its name.
-FIXED_DATE = (
-    "{%- macro strftime_now(layout) -%}"
-    "{{ {'%d %b %Y': '01 Jan 2025', '%B %d, %Y': 'January 01, 2025'}.get(layout, '2025-01-01') }}"
-    "{%- endmacro -%}"
-)
-
-
-@dataclass(frozen=True)
-class Passage:
-    """The text of one record, and the character ranges [start, end) of it that count in losses.
-
-    learns_end: whether the end of the document that follows the text counts too.
-    """
-
-    text: str
-    learnt: tuple[tuple[int, int], ...]
-    learns_end: bool = True
+# Who speaks in conversations as ShareGPT's users shared them, in the words of chat templates.
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+TOOL_CALL_SPEAKER = "function_call"
 
 
 def text(record: Mapping[str, Any], fields: Mapping[str, str], tokenizer: PreTrainedTokenizerFast) -> Passage:
@@ -59,44 +61,46 @@ def text(record: Mapping[str, Any], fields: Mapping[str, str], tokenizer: PreTra
 
 def prompt_response(
     record: Mapping[str, Any], fields: Mapping[str, str], tokenizer: PreTrainedTokenizerFast
-) -> Passage:
+) -> Passage | list[Passage]:
     """A user's turn and the assistant's in the model's chat template, or on two lines if it has none.
 
-    Only the response is learnt.
+    Only the response is learnt. An empty prompt is a MissingPromptError: a response to nothing is not one.
     """
     names = roles("prompt_response", record, fields)
-    prompt, response = _string(record, names["prompt"]), _string(record, names["response"])
-    if names["prompt"] == "instruction" and record.get(INPUT_FIELD):
-        prompt = f"{prompt}\n{_string(record, INPUT_FIELD)}"
-    if tokenizer.chat_template:
-        return _conversation(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], tokenizer
+    prompt, response = _prompt(record, names), _string(record, names["response"])
+    if prompt.strip() in PLACEHOLDERS:
+        raise MissingPromptError(
+            f"its prompt is empty; for text that answers nothing give `fields: {{text: {names['response']}}}`"
         )
-    whole = f"{prompt}\n{response}"
-    return Passage(whole, ((len(whole) - len(response), len(whole)),))
+    system = _system(record, names)
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return conversation([*system, *turns], tokenizer)
+    before = "".join(f"{turn['content']}\n" for turn in system) + f"{prompt}\n"
+    return Passage(before + response, ((len(before), len(before + response)),))
 
 
-def messages(record: Mapping[str, Any], fields: Mapping[str, str], tokenizer: PreTrainedTokenizerFast) -> Passage:
+def messages(record: Mapping[str, Any], fields: Mapping[str, str], tokenizer: PreTrainedTokenizerFast) -> list[Passage]:
     """A conversation in the model's chat template; only the assistant's turns are learnt."""
-    turns = record[roles("messages", record, fields)["messages"]]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"its messages are {type(turns).__name__} {str(turns)[:40]!r}, not a list of turns")
-    for turn in turns:
-        if not isinstance(turn, Mapping) or "role" not in turn:
-            shape = ", ".join(turn) if isinstance(turn, Mapping) else type(turn).__name__
-            raise DataError(f"a message has {shape}; it needs role and content")
-    if not tokenizer.chat_template:
-        raise DataError("the model's tokenizer has no chat template, so messages cannot be written out; give text")
-    # Columns of a table hold a null where a turn has no such key; templates test for the key.
-    return _conversation(
-        [{key: value for key, value in turn.items() if value is not None} for turn in turns], tokenizer
-    )
+    names = roles("messages", record, fields)
+    turns = _turns(record, names, "messages")
+    return conversation([*_system(record, names), *turns], tokenizer, _tools(record, names))
+
+
+def conversations(
+    record: Mapping[str, Any], fields: Mapping[str, str], tokenizer: PreTrainedTokenizerFast
+) -> list[Passage]:
+    """The same, of turns with `from` and `value` instead of role and content."""
+    names = roles("conversations", record, fields)
+    turns = _turns(record, names, "conversations")
+    return conversation([*_system(record, names), *turns], tokenizer, _tools(record, names))
 
 
 STRATEGIES = [
     Strategy("text", text, "running text in one field: text"),
     Strategy("prompt_response", prompt_response, "two fields: prompt and response, also question and answer"),
-    Strategy("messages", messages, "a conversation: messages, each with role and content"),
+    Strategy("messages", messages, "a conversation: messages, each with role and content; tools beside it"),
+    Strategy("conversations", conversations, "a conversation: turns with from (human, gpt, ...) and value"),
 ]
 
 
@@ -108,9 +112,10 @@ def detect(field_names: Collection[str], fields: Mapping[str, str] | None = None
     for name, wanted in ROLES.items():
         if fields and set(fields) & set(wanted):
             return name
-    if fields:
-        known = [role for wanted in ROLES.values() for role in wanted]
-        raise DataError(f"`fields` names the role '{next(iter(fields))}'{suggestion(next(iter(fields)), known)}")
+    known = {role for wanted in (*ROLES.values(), *OPTIONAL_ROLES.values()) for role in wanted}
+    unknown = next((role for role in fields or {} if role not in known), None)
+    if unknown:
+        raise DataError(f"`fields` names the role '{unknown}'{suggestion(unknown, known)}")
     for name, wanted in ROLES.items():
         if all(set(candidates) & set(field_names) for candidates in wanted.values()):
             return name
@@ -121,22 +126,53 @@ def detect(field_names: Collection[str], fields: Mapping[str, str] | None = None
 
 
 def roles(format_name: str, field_names: Collection[str], fields: Mapping[str, str]) -> dict[str, str]:
-    """The field that plays each role of a built-in format. Raises DataError if one is missing or unknown."""
-    wanted = ROLES[format_name]
+    """The field that plays each role of a built-in format; optional ones only if they are there.
+
+    Raises DataError if one is missing or unknown.
+    """
+    wanted, optional = ROLES[format_name], OPTIONAL_ROLES.get(format_name, {})
     for role in fields:
-        if role not in wanted:
-            raise DataError(f"format '{format_name}' has no role '{role}'{suggestion(role, wanted)}")
+        if role not in wanted and role not in optional:
+            raise DataError(f"format '{format_name}' has no role '{role}'{suggestion(role, {*wanted, *optional})}")
     found = {}
-    for role, candidates in wanted.items():
+    for role, candidates in {**wanted, **optional}.items():
         names = (fields[role],) if role in fields else candidates
         present = [name for name in names if name in field_names]
-        if not present:
+        if present:
+            found[role] = present[0]
+        elif role in wanted or role in fields:
             raise DataError(
                 f"has no field '{names[0]}' for the role '{role}' of format '{format_name}'; its fields are "
                 f"{', '.join(field_names)}; say which with `fields: {{{role}: FIELD}}`"
             )
-        found[role] = present[0]
     return found
+
+
+def opening(format_name: str, record: Mapping[str, Any], fields: Mapping[str, str]) -> Any:
+    """What a record asks, or says if it asks nothing: by its hash the record is for training or held out.
+
+    So the same question with other answers, in another format, or beside another number never lies on both sides.
+    A record that does not fit its format, or of a plugin's format, is taken as a whole.
+    """
+    try:
+        if format_name == "text":
+            asked = [_string(record, roles("text", record, fields)["text"])]
+        elif format_name == "prompt_response":
+            names = roles("prompt_response", record, fields)
+            asked = [turn["content"] for turn in _system(record, names)] + [_prompt(record, names)]
+        elif format_name in ROLES:
+            names = roles(format_name, record, fields)
+            asked = []
+            for turn in [*_system(record, names), *_turns(record, names, format_name)]:
+                if turn["role"] == "assistant":
+                    break
+                asked.append(str(turn.get("content")))
+        else:
+            return record
+    except DataError:
+        return record
+    words = [" ".join(part.split()) for part in asked]
+    return words if any(words) else record
 
 
 def _string(record: Mapping[str, Any], name: str) -> str:
@@ -146,56 +182,51 @@ def _string(record: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _conversation(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Passage:
-    """The turns as the template writes them; an assistant's turn is what follows its rendered prefix.
-
-    Templates that write a turn otherwise once others follow it (as when they drop earlier reasoning) still give the
-    right ranges, as long as everything before the turn stays as it was.
-    """
-    whole = _render(turns, tokenizer)
-    learnt = []
-    for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before = _render(turns[:number], tokenizer, add_generation_prompt=True)
-        if not whole.startswith(before):
-            raise DataError("the chat template writes earlier turns otherwise once an answer follows")
-        end = (
-            len(whole) if number == len(turns) - 1 else _end_of_turn(whole, len(before), turns[: number + 1], tokenizer)
-        )
-        learnt.append((len(before), max(end, len(before))))
-    # The template writes its own end of turn, which is learnt; what separates documents is not part of it.
-    return Passage(whole, tuple(learnt), learns_end=False)
+def _prompt(record: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    prompt = _string(record, names["prompt"])
+    if names["prompt"] == "instruction" and record.get(INPUT_FIELD):
+        return f"{prompt}\n{_string(record, INPUT_FIELD)}"
+    return prompt
 
 
-def _render(
-    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, *, add_generation_prompt: bool = False
-) -> str:
-    from jinja2 import TemplateError
+def _system(record: Mapping[str, Any], names: Mapping[str, str]) -> list[Turn]:
+    if "system" not in names or record[names["system"]] is None:
+        return []
+    content = _string(record, names["system"])
+    return [] if content.strip() in PLACEHOLDERS else [{"role": "system", "content": content}]
 
+
+def _tools(record: Mapping[str, Any], names: Mapping[str, str]) -> Any:
+    return record[names["tools"]] if "tools" in names else None
+
+
+def _turns(record: Mapping[str, Any], names: Mapping[str, str], format_name: str) -> list[Turn]:
+    turns = record[names[format_name]]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"its {format_name} are {type(turns).__name__} {str(turns)[:40]!r}, not a list of turns")
+    return [_message(turn) if format_name == "messages" else _shared_turn(turn) for turn in turns]
+
+
+def _message(turn: Any) -> Turn:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+        shape = ", ".join(turn) if isinstance(turn, Mapping) else type(turn).__name__
+        raise DataError(f"a message has {shape}; it needs role and content (from and value: `format: conversations`)")
+    return dict(turn)
+
+
+def _shared_turn(turn: Any) -> Turn:
+    if isinstance(turn, Mapping) and isinstance(turn.get("role"), str):
+        turn = {"from": turn["role"], "value": turn.get("content")}
+    if not isinstance(turn, Mapping) or "from" not in turn or not isinstance(turn.get("value"), str):
+        shape = ", ".join(turn) if isinstance(turn, Mapping) else type(turn).__name__
+        raise DataError(f"a turn has {shape}; it needs from and value, which is text")
+    speaker = str(turn["from"])
+    if speaker not in SPEAKERS:
+        raise DataError(f"a turn is from '{speaker}'{suggestion(speaker, SPEAKERS)}")
+    if speaker != TOOL_CALL_SPEAKER:
+        return {"role": SPEAKERS[speaker], "content": turn["value"]}
     try:
-        template = FIXED_DATE + tokenizer.get_chat_template()
-        return str(
-            tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise DataError(f"the chat template refuses it: {error}") from error
-
-
-def _end_of_turn(whole: str, start: int, turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> int:
-    """Where the last of `turns` ends in the whole conversation, which goes on after it."""
-    end = _common(whole, _render(turns, tokenizer))
-    content = turns[-1].get("content")
-    # Its reasoning may be gone from the whole, and then the two part ways at once; what it said is still there.
-    found = whole.find(content, start) if isinstance(content, str) else -1
-    return max(end, found + len(content)) if found >= 0 and isinstance(content, str) else end
-
-
-def _common(one: str, other: str) -> int:
-    """Length of the longest common prefix."""
-    for position, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return position
-    return min(len(one), len(other))
+        calls = json.loads(turn["value"])
+    except ValueError as error:
+        raise DataError(f"a turn from '{speaker}' is not JSON ({error})") from error
+    return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,12 +18,16 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids (B, S), targets (B, S), lengths (B,) as in PackedSequences; set_names: where each row came from."""
+    """input_ids, targets, positions (B, S) and lengths (B,) as in PackedSequences; of each row its set's name and its
+    place, which of that set's sequences it is.
+    """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
+    positions: torch.Tensor
     lengths: torch.Tensor
     set_names: list[str]
+    places: list[int] = field(default_factory=list)
 
 
 class TrainingBatches:
@@ -58,8 +62,10 @@ class TrainingBatches:
         return Batch(
             torch.stack([self.sets[number].input_ids[place] for number, place in places]),
             torch.stack([self.sets[number].targets[place] for number, place in places]),
+            torch.stack([self.sets[number].positions[place] for number, place in places]),
             torch.stack([self.sets[number].lengths[place] for number, place in places]),
             [self.names[number] for number, _ in places],
+            [place for _, place in places],
         )
 
     def _plan(self, rows: int) -> None:

@@ -21,12 +21,14 @@ IGNORED = -100
 class PackedSequences:
     """input_ids (N, S) and targets (N, S), both int64: targets[:, t] is the token that follows input_ids[:, t].
 
-    A target is -100 where nothing is to be learnt: a masked token, the first token of a document, padding. lengths
-    (N,): real tokens per row; only rows at the end of the data are padded, on the right.
+    A target is -100 where nothing is to be learnt: a masked token, the first token of a document, padding. positions
+    (N, S) int64: places in the document, from 0 where one begins or goes on in a new row. lengths (N,): real tokens
+    per row; only rows at the end of the data are padded, on the right.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
+    positions: torch.Tensor
     lengths: torch.Tensor
 
     def __len__(self) -> int:
@@ -63,11 +65,17 @@ def pack(
     targets = np.full(rows * sequence_length, IGNORED, dtype=np.int64)
     input_ids[:inputs] = stream[:inputs]
     targets[:inputs] = np.where(learns[1 : inputs + 1], stream[1 : inputs + 1], IGNORED)
+    begins = np.arange(rows * sequence_length) % sequence_length == 0
+    firsts = np.cumsum([len(document) + 1 for document in documents])
+    begins[firsts[firsts < inputs]] = True
+    places = np.arange(len(begins))
+    positions = places - np.maximum.accumulate(np.where(begins, places, 0))
     lengths = np.full(rows, sequence_length, dtype=np.int64)
     lengths[-1] = inputs - (rows - 1) * sequence_length
     return PackedSequences(
         torch.from_numpy(input_ids.reshape(rows, sequence_length)),
         torch.from_numpy(targets.reshape(rows, sequence_length)),
+        torch.from_numpy(positions.reshape(rows, sequence_length)),
         torch.from_numpy(lengths),
     )
 

@@ -41,3 +41,16 @@ def end_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
             f"{tokenizer.name_or_path}: its tokenizer has no end token; set eos_token in tokenizer_config.json"
         )
     return int(known)
+
+
+def begin_token_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token that every document begins with, for a family that wants one; None for the others.
+
+    `add_bos_token` in tokenizer_config.json decides; where it is not given, what the tokenizer itself puts in front.
+    """
+    begin = tokenizer.bos_token_id
+    wanted = tokenizer.init_kwargs.get("add_bos_token")
+    if wanted is None:
+        # A tokenizer may also put something behind, or between two texts; the first place is the only one that tells.
+        wanted = tokenizer("a", add_special_tokens=True).input_ids[:1] == [begin]
+    return int(begin) if wanted and begin is not None else None

@@ -5,9 +5,9 @@ loss, its sum over tokens divided by the step's count of such tokens (`signals.s
 names the signals it reads (`nexus_core.distill.signals`).
 """
 
-from nexus_core.distill import lm, logits_kl, router_kl
+from nexus_core.distill import hidden_match, lm, logits_kl, router_kl
 from nexus_core.distill.signals import Signals, TokenCounts
 
-STRATEGIES = [lm.STRATEGY, router_kl.STRATEGY, logits_kl.STRATEGY]
+STRATEGIES = [lm.STRATEGY, router_kl.STRATEGY, logits_kl.STRATEGY, hidden_match.STRATEGY]
 
 __all__ = ["STRATEGIES", "Signals", "TokenCounts"]

@@ -1,15 +1,11 @@
-"""The loss that adds the skill: language modelling on learnt text.
-
-# N learnt tokens, V vocabulary
-"""
+"""The loss that adds the skill: language modelling on learnt text."""
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
-from nexus_core.distill.chunks import sum_over_tokens
-from nexus_core.distill.signals import LEARNT_LOGITS, Signals
+from nexus_core.distill.signals import LEARNT_HIDDEN, Signals
+from nexus_core.distill.vocabulary import cross_entropy_sum
 from nexus_core.types import Strategy
 
 
@@ -18,19 +14,15 @@ def lm(signals: Signals, parameters: None = None) -> torch.Tensor:
 
     Zero if the micro-batch has no learnt token.
     """
-    logits_NV, targets_N = signals.learnt_logits, signals.learnt_targets
-    if logits_NV is None or targets_N is None:
-        raise ValueError("lm needs the student's logits and targets of learnt tokens")
-    return sum_over_tokens(_cross_entropy, logits_NV, targets_N) / max(signals.step_tokens.learnt, 1)
-
-
-def _cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+    if signals.learnt_hidden is None or signals.learnt_targets is None:
+        raise ValueError("lm needs the student's hidden states and the targets of learnt tokens")
+    total = cross_entropy_sum(signals.learnt_hidden, signals.learnt_targets, signals.head)
+    return total / max(signals.step_tokens.learnt, 1)
 
 
 STRATEGY = Strategy(
     name="lm",
     function=lm,
     summary="Cross entropy of the next token on learnt sets, nats per token.",
-    needs=frozenset({LEARNT_LOGITS}),
+    needs=frozenset({LEARNT_HIDDEN}),
 )

@@ -8,8 +8,8 @@ It acts on a frozen router too: shared experts of lower layers change what the r
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
-from nexus_core.distill.logits_kl import divergence
 from nexus_core.distill.signals import ROUTER_LOGITS, TEACHER_ROUTER_LOGITS, Signals
 from nexus_core.types import Strategy
 
@@ -26,9 +26,16 @@ def router_kl(signals: Signals, parameters: None = None) -> torch.Tensor:
             f"router_kl needs both models' router logits, got {len(student_TE)} and {len(teacher_TE)} layers"
         )
     total = torch.stack(
-        [divergence(ours, theirs, signals.temperature) for ours, theirs in zip(student_TE, teacher_TE, strict=True)]
+        [kl_sum(ours, theirs, signals.temperature) for ours, theirs in zip(student_TE, teacher_TE, strict=True)]
     ).mean()
     return signals.temperature**2 * total / max(signals.step_tokens.text, 1)
+
+
+def kl_sum(student_TE: torch.Tensor, teacher_TE: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Sum over tokens of KL(softmax(teacher / temperature) || softmax(student / temperature)), nats, in float32."""
+    student = functional.log_softmax(student_TE.float() / temperature, dim=-1)
+    teacher = functional.log_softmax(teacher_TE.float() / temperature, dim=-1)
+    return functional.kl_div(student, teacher, reduction="sum", log_target=True)
 
 
 STRATEGY = Strategy(

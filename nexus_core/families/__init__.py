@@ -10,7 +10,23 @@ brings neither torch nor transformers.
 """
 
 from nexus_core.families.hooks import TransformersFamilies
-from nexus_core.families.layout import Fused, Layout, PerExpert
-from nexus_core.families.rules import softmax_of_top_k, top_k_of_softmax
+from nexus_core.families.layout import Fused, Layout, PerExpert, after_dense_layers, every_layer
+from nexus_core.families.rules import (
+    group_limited_sigmoid,
+    softmax_of_top_k,
+    sums_to_one_if_unscaled,
+    top_k_of_softmax,
+)
 
-__all__ = ["Fused", "Layout", "PerExpert", "TransformersFamilies", "softmax_of_top_k", "top_k_of_softmax"]
+__all__ = [
+    "Fused",
+    "Layout",
+    "PerExpert",
+    "TransformersFamilies",
+    "after_dense_layers",
+    "every_layer",
+    "group_limited_sigmoid",
+    "softmax_of_top_k",
+    "sums_to_one_if_unscaled",
+    "top_k_of_softmax",
+]

@@ -13,10 +13,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from types import new_class
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import transformers
@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from nexus_core.additions import RouterDelta, SharedExpert
 from nexus_core.errors import UsageError
 from nexus_core.families.layout import ROUTER_DELTA, SHARED_EXPERT, Layout, installed_layouts
+from nexus_core.families.rules import ADDED_SELECTION_BIAS
 from nexus_core.families.strict import StrictlyLoaded
 from nexus_core.types import MoeBlock
 
@@ -41,7 +42,7 @@ class ExtendedClasses:
     causal_lm: type[Any]
 
 
-@lru_cache(maxsize=None)
+@cache
 def extended_classes(layout: Layout) -> ExtendedClasses:
     """The family's configuration and model classes, made from transformers' own on first use.
 
@@ -59,6 +60,11 @@ def extended_classes(layout: Layout) -> ExtendedClasses:
     decoder, causal_lm = (
         _named_class(
             (ExtendedModel, base),
+            # A decoder is read from a causal language model's checkpoint too.
+            _keys_to_ignore_on_load_unexpected=[
+                *(base._keys_to_ignore_on_load_unexpected or ()),
+                *([r"^lm_head\."] if base is base_decoder else ()),
+            ],
             __doc__=f"{base.__name__} with room for a shared expert and a router change in every MoE layer.",
             layout=layout,
             config_class=config,
@@ -94,9 +100,11 @@ class ExtendedModel(StrictlyLoaded):
 
     layout: ClassVar[Layout]
     config: Any
+    dtype: torch.dtype
+    _init_weights: Callable[[nn.Module], None]
 
     def __init__(self, config: PreTrainedConfig, *arguments: Any, **keywords: Any):
-        super().__init__(config, *arguments, **keywords)
+        super().__init__(config, *arguments, **keywords)  # type: ignore[call-arg]
         settings = config.to_dict()
         self.layout.prepare(self)
         for found in self.moe_blocks():
@@ -105,6 +113,27 @@ class ExtendedModel(StrictlyLoaded):
             width = self.config.shared_expert_width
             setattr(found.block, SHARED_EXPERT, self._new_shared_expert(width) if width else None)
             setattr(found.router, ROUTER_DELTA, self._new_router_delta() if self.config.has_router_delta else None)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves and casts, but never rounds what the base or NEXUS holds in float32 for a reason.
+
+        `.to(torch.bfloat16)`, which training engines call, would round rotary frequencies (on a random model of four
+        layers that moved logits by 15%), selection biases and router changes.
+        """
+        model: Any = self
+        exact, saved = tuple(model._keep_in_fp32_modules_strict), set(model.state_dict())
+        kept = {
+            id(tensor)
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            if name not in saved or any(part in name for part in exact)
+        }
+
+        def careful(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            is_rounded = id(tensor) in kept and moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if is_rounded else moved
+
+        return super()._apply(careful, recurse)  # type: ignore[misc]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -136,8 +165,7 @@ class ExtendedModel(StrictlyLoaded):
             raise UsageError(f"this model already has shared experts, of width {self.config.shared_expert_width}")
         self.config.shared_expert_width = width
         for found in self.moe_blocks():
-            weight = found.router.weight
-            shared_expert = self._new_shared_expert(width).to(device=weight.device, dtype=self.dtype)  # type: ignore[attr-defined]
+            shared_expert = self._new_shared_expert(width).to(device=_device(found.router), dtype=self.dtype)
             setattr(found.block, SHARED_EXPERT, shared_expert)
 
     def attach_router_delta(self) -> None:
@@ -146,13 +174,13 @@ class ExtendedModel(StrictlyLoaded):
             return
         self.config.has_router_delta = True
         for found in self.moe_blocks():
-            setattr(found.router, ROUTER_DELTA, self._new_router_delta().to(found.router.weight.device))
+            setattr(found.router, ROUTER_DELTA, self._new_router_delta().to(_device(found.router)))
 
     def _new_shared_expert(self, width: int) -> SharedExpert:
         activation = partial(gated, ACT2FN[self.config.hidden_act])
         shared_expert = SharedExpert(self.config.hidden_size, width, activation, has_bias=False)
         for linear in (shared_expert.gate_proj, shared_expert.up_proj):
-            self._init_weights(linear)  # type: ignore[attr-defined]
+            self._init_weights(linear)
         shared_expert.zero_start()
         return shared_expert
 
@@ -192,13 +220,18 @@ class _ChangedRouting:
         logits_TE, weights_TK, _ = output
         hidden_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
         changed_TE = logits_TE + delta(hidden_TD.to(delta.weight.dtype))
-        changed_TK, indices_TK = self.layout.gate_weights(self.settings, changed_TE, router_tensors(router))
+        tensors = router_tensors(router) | {ADDED_SELECTION_BIAS: delta.selection_bias}
+        changed_TK, indices_TK = self.layout.gate_weights(self.settings, changed_TE, tensors)
         return changed_TE, changed_TK.to(weights_TK.dtype), indices_TK
 
 
 def router_tensors(router: nn.Module) -> dict[str, torch.Tensor]:
     """A router's own tensors by name: parameters and buffers, without those of its change."""
     return dict(router.named_parameters(recurse=False)) | dict(router.named_buffers(recurse=False))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _named_class(bases: tuple[type[Any], ...], **body: Any) -> type[Any]:

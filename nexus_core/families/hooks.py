@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexus_core.errors import UsageError
-from nexus_core.families.layout import Layout, number_type
+from nexus_core.families.layout import PROJECTIONS, Layout, Projection, number_type
 from nexus_core.families.rules import Config
-from nexus_core.hookspecs import hookimpl
+from nexus_core.hookspecs import HOOKS_VERSION, hookimpl
 from nexus_core.types import ExpertLocation, ExpertWeights, MoeBlock, MoeDescription, TensorPart
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class TransformersFamilies:
     An overriding method carries `@hookimpl` again.
     """
 
+    NEXUS_HOOKS = HOOKS_VERSION
+
     def __init__(self, *layouts: Layout):
         self.layouts = layouts
         self._by_type = {name: row for row in layouts for name in (row.model_type, row.converted_model_type)}
@@ -35,7 +37,7 @@ class TransformersFamilies:
         return self._by_type[config["model_type"]]
 
     def own_config(self, config: Config) -> dict[str, Any]:
-        """The config of the family's extended model: a converted checkpoint's, or one of no shared expert for a base."""
+        """The config of the family's extended model; a base gets one of no shared expert."""
         is_base = config["model_type"] == self.layout(config).model_type
         return self.nexus_converted_config(config, width=0) if is_base else dict(config)
 
@@ -59,6 +61,20 @@ class TransformersFamilies:
             return reader.read(part.name, part.index).to(dtype)
 
         return self.layout(config).read_expert(read, layer, expert)
+
+    @hookimpl
+    def nexus_read_expert_rows(
+        self,
+        reader: CheckpointReader,
+        config: Config,
+        layer: int,
+        expert: int,
+        projection: Projection,
+        rows: slice,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, None]:
+        part, place = self.layout(config).rows(config, layer, expert, projection, rows)
+        return reader.read(part.name, part.index, place).to(dtype), None
 
     @hookimpl
     def nexus_stored_bytes(self, config: Config) -> dict[str, int]:
@@ -130,8 +146,8 @@ class TransformersFamilies:
 
         layout, dtype = self.layout(config), getattr(torch, number_type(config))
         return {
-            layout.shared_expert_tensor(layer, projection): tensor.to(dtype).contiguous()
-            for projection, tensor in (("gate_proj", weights.gate), ("up_proj", weights.up), ("down_proj", weights.down))
+            layout.shared_expert_tensor(layer, projection): getattr(weights, projection).to(dtype).contiguous()
+            for projection in PROJECTIONS
         }
 
     @hookimpl
@@ -139,12 +155,16 @@ class TransformersFamilies:
         from nexus_core.families.extended import extended_classes
 
         layout = self.layout(config)
-        return {"dtype": number_type(config)} | dict(config) | {
-            "model_type": layout.converted_model_type,
-            "architectures": [extended_classes(layout).causal_lm.__name__],
-            "shared_expert_width": width,
-            "has_router_delta": False,
-        }
+        return (
+            {"dtype": number_type(config)}
+            | dict(config)
+            | {
+                "model_type": layout.converted_model_type,
+                "architectures": [extended_classes(layout).causal_lm.__name__],
+                "shared_expert_width": width,
+                "has_router_delta": False,
+            }
+        )
 
 
 def _extended(model: nn.Module) -> ExtendedModel:

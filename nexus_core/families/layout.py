@@ -1,6 +1,6 @@
 """One family as data: what its modules and tensors are called, how it routes, and what its config calls its sizes.
 
-    # L layers, E experts, D hidden size, F expert width
+# L layers, E experts, D hidden size, F expert width
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nexus_core.errors import CheckpointError, PluginError
-from nexus_core.families.rules import Config, Rule
+from nexus_core.families.rules import Config, Rule, required
 from nexus_core.types import ExpertLocation, ExpertWeights, MoeDescription, TensorPart
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ SHARED_EXPERT = "nexus_shared_expert"
 ROUTER_DELTA = "router_delta"
 
 CONVERTED_PREFIX = "nexus_"
+Projection = Literal["gate", "up", "down"]
+PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 BYTES_PER_NUMBER = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
@@ -40,6 +42,10 @@ class PerExpert:
 
     def parts(self, prefix: str, expert: int) -> tuple[TensorPart, ...]:
         return tuple(TensorPart(prefix + name.format(expert=expert)) for name in (self.gate, self.up, self.down))
+
+    def rows(self, projection: Projection, rows: slice, width: int) -> tuple[int, slice]:
+        """Which of an expert's parts holds a projection's rows, and where in it."""
+        return PROJECTIONS.index(projection), rows
 
     def weights(self, tensors: list[torch.Tensor]) -> ExpertWeights:
         gate, up, down = tensors
@@ -59,6 +65,13 @@ class Fused:
     def parts(self, prefix: str, expert: int) -> tuple[TensorPart, ...]:
         return tuple(TensorPart(prefix + name, expert) for name in (self.gate_up, self.down))
 
+    def rows(self, projection: Projection, rows: slice, width: int) -> tuple[int, slice]:
+        """Which of an expert's parts holds a projection's rows, and where in it."""
+        if projection == "down":
+            return 1, rows
+        above = width if projection == "up" else 0
+        return 0, slice(rows.start + above, rows.stop + above)
+
     def weights(self, tensors: list[torch.Tensor]) -> ExpertWeights:
         gate_up, down = tensors
         gate, up = gate_up.chunk(2)
@@ -68,6 +81,11 @@ class Fused:
 def every_layer(config: Config) -> list[int]:
     """All decoder layers: there are no dense ones."""
     return list(range(size(config, "num_hidden_layers")))
+
+
+def after_dense_layers(config: Config) -> list[int]:
+    """All decoder layers but the first `first_k_dense_replace`."""
+    return every_layer(config)[required(config, "first_k_dense_replace") :]
 
 
 @dataclass(frozen=True)
@@ -136,8 +154,8 @@ class Layout:
         """How routed experts lie on disk, for people."""
         if config.get("quantization_config"):
             raise CheckpointError(
-                f"config.json: a {self.model_type} with a quantization_config: this family's plugin reads dense experts "
-                "only; use a checkpoint in bfloat16, float16 or float32"
+                f"config.json: a {self.model_type} with a quantization_config: its plugin reads dense experts only; "
+                "use a checkpoint in bfloat16, float16 or float32"
             )
         return number_type(config)
 
@@ -149,6 +167,13 @@ class Layout:
         """One expert, each of its matrices as `read` gives it, dense."""
         parts = self.stored_experts.parts(layer_prefix(layer), expert)
         return self.stored_experts.weights([read(part) for part in parts])
+
+    def rows(
+        self, config: Config, layer: int, expert: int, projection: Projection, rows: slice
+    ) -> tuple[TensorPart, slice]:
+        """Where some rows of one of an expert's matrices lie."""
+        part, place = self.stored_experts.rows(projection, rows, size(config, self.expert_width))
+        return self.stored_experts.parts(layer_prefix(layer), expert)[part], place
 
     def prepare(self, model: Any) -> None:
         """Put the family's own modules into a newly built model, which has no numbers yet."""
@@ -163,9 +188,9 @@ class Layout:
     def __deepcopy__(self, memo: object) -> Layout:
         return self
 
-    def shared_expert_tensor(self, layer: int, projection: str) -> str:
-        """The name, in memory and on disk, of a shared expert's gate_proj, up_proj or down_proj."""
-        return f"{layer_prefix(layer)}{self.block}.{SHARED_EXPERT}.{projection}.weight"
+    def shared_expert_tensor(self, layer: int, projection: Projection) -> str:
+        """The name, in memory and on disk, of a shared expert's matrix."""
+        return f"{layer_prefix(layer)}{self.block}.{SHARED_EXPERT}.{projection}_proj.weight"
 
 
 def installed_layout(model_type: str) -> Layout:

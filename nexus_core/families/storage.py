@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
@@ -64,8 +63,8 @@ def check_tensors(layout: Layout, folder: Path, config: Config) -> None:
 def stored_bytes(layout: Layout, config: Config) -> dict[str, int]:
     """Bytes by part, from an empty model that transformers builds of the config: exactly the tensors on disk.
 
-    Parts: routed_experts, router, shared_experts (the base's own and NEXUS's), dense_layers (feed-forward blocks without
-    experts, if there are any), attention (with the norms of its layer), embeddings (with head and last norm).
+    Parts: routed_experts, router, shared_experts (the base's own and NEXUS's), dense_layers (feed-forward blocks
+    without experts, if there are any), attention (with the norms of its layer), embeddings (with head and last norm).
     """
     classes = extended_classes(layout)
     with torch.device("meta"), no_init_weights():

@@ -1,19 +1,19 @@
 """What a merged expert would do to its layer's output."""
 
-# T tokens, D hidden size, F expert width
+# T tokens, D hidden size, F expert width, R neurons of a tile
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from nexus_core.errors import ShapeError
+from nexus_core.merge.experts import NeuronActivations
 from nexus_core.types import ExpertWeights
 
-NeuronActivations = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+TILE_NEURONS = 512
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,19 @@ class Effect:
 def expert_output(weights: ExpertWeights, hidden_TD: torch.Tensor, activations: NeuronActivations) -> torch.Tensor:
     """One expert's output (T, D): down @ activations(gate @ x + gate_bias, up @ x + up_bias) + down_bias.
 
-    activations: the family's own, of gate and up (T, F) each.
+    activations: the family's own, of gate and up (T, F) each. Computed in the type of hidden_TD, some neurons at a
+    time, so that an expert stored in fewer bits is never held whole in more.
     """
-    gate_TF = functional.linear(hidden_TD, weights.gate, weights.gate_bias)
-    up_TF = functional.linear(hidden_TD, weights.up, weights.up_bias)
-    return functional.linear(activations(gate_TF, up_TF), weights.down, weights.down_bias)
+    dtype = hidden_TD.dtype
+    output_TD = hidden_TD.new_zeros(hidden_TD.shape)
+    for start in range(0, weights.width, TILE_NEURONS):
+        tile = slice(start, start + TILE_NEURONS)
+        gate_TR, up_TR = (
+            functional.linear(hidden_TD, matrix[tile].to(dtype), None if bias is None else bias[tile].to(dtype))
+            for matrix, bias in ((weights.gate, weights.gate_bias), (weights.up, weights.up_bias))
+        )
+        output_TD += functional.linear(activations(gate_TR, up_TR), weights.down[:, tile].to(dtype))
+    return output_TD if weights.down_bias is None else output_TD + weights.down_bias
 
 
 def measure_effect(shared_TD: torch.Tensor, routed_TD: torch.Tensor) -> Effect:

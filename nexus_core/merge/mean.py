@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from nexus_core.merge.weights import own_float32, refuse_other_width, tensors
+from nexus_core.merge.combine import combine, refuse_empty_blocks
+from nexus_core.merge.experts import LayerExperts
 from nexus_core.select.selection import LayerSelection
 from nexus_core.types import ExpertWeights, Strategy
 
 
 def mean(
-    read: Callable[[int], ExpertWeights],
-    layer: LayerSelection,
-    width: int,
-    parameters: None,
-    generator: torch.Generator,
+    experts: LayerExperts, layer: LayerSelection, width: int, parameters: None, generator: torch.Generator
 ) -> ExpertWeights:
     """Every number the mean of the chosen experts' numbers at that place: W = (1 / k) * sum over the k experts of W_e.
 
     Neuron i of one expert is averaged with neuron i of the others, although nothing aligns them, so the merged expert
-    computes something else than the average of their outputs. Summed in float32, in order of importance.
+    computes something else than the average of their outputs. Biases are averaged too. Wider than an expert: several
+    such averages side by side; other widths: its most salient neurons; see `combine`.
     Source: the first published scripts of this method, github.com/eous/nexus.
     """
-    first, *others = layer.experts
-    merged = own_float32(read(first))
-    refuse_other_width("mean", width, merged)
-    total = tensors(merged)
-    for expert in others:
-        for name, tensor in tensors(read(expert)).items():
-            total[name].add_(tensor)
-    for tensor in total.values():
-        tensor.div_(len(layer.experts))
-    return merged
+    return combine(experts, dict.fromkeys(layer.experts, 1.0), width)
 
 
-MEAN = Strategy(name="mean", function=mean, summary="the average of the chosen experts")
+MEAN = Strategy(name="mean", function=mean, summary="the average of the chosen experts", refuses=refuse_empty_blocks)

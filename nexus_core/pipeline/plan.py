@@ -57,13 +57,14 @@ def plan_recipe(
     verify: read every byte of the model and the data. checkpoint, stages: instead of the recipe's and the pipeline's.
     Raises CheckpointError, DataError or UsageError for what is missing, damaged or unknown.
     """
-    wanted = up_to(all_stages() if stages is None else stages, until)
+    known = all_stages() if stages is None else stages
+    wanted = up_to([stage for stage in known if stage.wanted(recipe)], until)
     checkpoint = checkpoint or open_checkpoint(recipe.model.path, recipe.model.revision)
     model = {"fingerprint": fingerprint(checkpoint.folder, verify=verify), "dtype": recipe.model.dtype}
     store = Store(Path(recipe.run.store).expanduser())
     steps: dict[str, Step] = {}
     for stage in wanted:
-        inputs = {name: steps[name].key for name in stage.inputs}
+        inputs = {name: steps[name].key for name in stage.inputs if name in steps}
         made_of = ingredients(stage, recipe, inputs, model, verify=verify)
         key = made_of.key
         steps[stage.name] = Step(stage, made_of, store.place(stage.name, key), store.find(stage.name, key))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nexus_core.checkpoint.source import Checkpoint
 from nexus_core.data.records import check_source
+from nexus_core.distill.vocabulary import CHUNK_ELEMENTS
 from nexus_core.errors import DataError, PluginError, Problem, RecipeError
 from nexus_core.recipe.checks import check_against_model
 from nexus_core.recipe.schema import Recipe
@@ -31,7 +32,7 @@ class Estimate:
     """What a recipe will take: parameters, bytes, and tokens per stage.
 
     stored_bytes: of the base checkpoint by part. memory_bytes: the model as it is held, plus what training adds,
-    plus one micro-batch's logits of student and teacher; without activations. disk_bytes: new files in the store.
+    plus logits of one chunk of tokens; without activations. disk_bytes: new files in the store.
     """
 
     trainable_parameters: int
@@ -66,8 +67,11 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint) -> Estimate:
         "train": train.max_steps * train.batch_size * train.gradient_accumulation * train.sequence_length,
         "validate": recipe.validate_.samples * recipe.validate_.sequence_length * sets,
     }
-    # Student's and teacher's logits in float32, and the gradient of the student's.
-    logits = 3 * train.batch_size * train.sequence_length * description.vocabulary_size * FLOAT32_BYTES
+    if train.teacher.kind == "offline":
+        tokens["capture"] = tokens["train"]
+    # Three buffers as wide as the vocabulary, over a chunk of tokens.
+    all_logits = train.batch_size * train.sequence_length * description.vocabulary_size
+    logits = 3 * min(all_logits, max(CHUNK_ELEMENTS.values())) * FLOAT32_BYTES
     kept_inputs = 2 * recipe.collect.keep_inputs * len(description.layers) * description.hidden_size * FLOAT32_BYTES
     # The newest checkpoint is written before the oldest goes.
     checkpoints = CHECKPOINT_BYTES * trainable * (train.keep_checkpoints + 1)
@@ -75,9 +79,21 @@ def estimate(recipe: Recipe, checkpoint: Checkpoint) -> Estimate:
         trainable_parameters=trainable,
         stored_bytes=stored,
         memory_bytes=sum(stored.values()) + TRAINING_BYTES * trainable + logits,
-        disk_bytes=kept_inputs + 2 * BFLOAT16_BYTES * trainable + checkpoints,
+        disk_bytes=kept_inputs + 2 * BFLOAT16_BYTES * trainable + checkpoints + captured_bytes(recipe, description),
         tokens=tokens,
     )
+
+
+def captured_bytes(recipe: Recipe, description: MoeDescription) -> int:
+    """What a stored teacher takes: distributions of kept text, and router logits, a byte an expert, of all text."""
+    train, teacher = recipe.train, recipe.train.teacher
+    if teacher.kind == "online":
+        return 0
+    tokens = train.max_steps * train.batch_size * train.gradient_accumulation * train.sequence_length
+    shares = train.data or dict.fromkeys(recipe.data, 1.0)
+    kept = sum(shares[name] for name in recipe.kept_sets) / sum(shares.values())
+    routers = len(description.layers) * (description.experts + 2) if teacher.stores_routers else 0
+    return round(tokens * (kept * teacher.bytes_per_token + routers))
 
 
 def shared_expert_parameters(description: MoeDescription, width: int | None) -> int:

@@ -10,7 +10,7 @@ from nexus_core.plugins import installed
 from nexus_core.recipe.explain import unknown_name
 from nexus_core.recipe.located import KeyPath, Located, dotted
 from nexus_core.recipe.schema import Recipe
-from nexus_core.types import MoeDescription
+from nexus_core.types import MergeRequest, MoeDescription
 
 AUTO_FORMAT = "auto"
 
@@ -58,13 +58,54 @@ def check_against_model(recipe: Recipe, description: MoeDescription) -> list[Pro
             "give the untouched base"
         )
         problems.append(Problem(recipe.location("model.path"), "model.path", message))
-    if recipe.select.top_k != "auto" and recipe.select.top_k > description.experts:
+    return problems + _top_k(recipe, description)
+
+
+def _top_k(recipe: Recipe, description: MoeDescription) -> list[Problem]:
+    top_k, layers = recipe.select.top_k, len(description.layers)
+    problems = []
+    if isinstance(top_k, list) and layers and len(top_k) != layers:
         message = (
-            f"is {recipe.select.top_k}, but a layer of {recipe.model.path} has {description.experts} experts; "
-            f"write at most {description.experts}, or auto"
+            f"is a list of {len(top_k)}, but {recipe.model.path} has {layers} layers with experts; write one number "
+            "for each, or one for all"
         )
         problems.append(Problem(recipe.location("select.top_k"), "select.top_k", message))
-    return problems
+    numbers = {f"select.top_k.{index}": number for index, number in enumerate(top_k)} if isinstance(top_k, list) else {}
+    if isinstance(top_k, int):
+        numbers = {"select.top_k": top_k}
+    for key, number in numbers.items():
+        if number > description.experts:
+            message = (
+                f"is {number}, but a layer of {recipe.model.path} has {description.experts} experts; "
+                f"write at most {description.experts}, or auto"
+            )
+            problems.append(Problem(recipe.location(key), key, message))
+    return problems + _merge(recipe, description)
+
+
+def _merge(recipe: Recipe, description: MoeDescription) -> list[Problem]:
+    """What the chosen merge cannot do, known before statistics are collected for it."""
+    section = recipe.convert
+    strategy = installed().strategies("merge")[section.merge]
+    if strategy.refuses is None or not description.layers:
+        return []
+    collected, top_k = recipe.collect.data or recipe.data, recipe.select.top_k
+    request = MergeRequest(
+        merge=section.merge,
+        width=section.width or description.expert_width,
+        expert_width=description.expert_width,
+        experts=description.experts,
+        chosen=min(top_k) if isinstance(top_k, list) else top_k if isinstance(top_k, int) else None,
+        kept_inputs=recipe.collect.keep_inputs,
+        learnt=tuple(name for name in recipe.learnt_sets if name in collected),
+        kept=tuple(name for name in recipe.kept_sets if name in collected),
+    )
+    parameters = strategy.parameters.model_validate(section.parameters) if strategy.parameters else None
+    refusal = strategy.refuses(request, parameters)
+    if refusal is None:
+        return []
+    key = f"convert.{refusal.key}"
+    return [Problem(recipe.location(key), key, refusal.message)]
 
 
 def _data_sets(located: Located, sets: dict[str, Any]) -> list[Problem]:
@@ -117,9 +158,42 @@ def _losses(located: Located) -> list[Problem]:
             path = ("train", "losses", name)
             message = f"there is no loss '{name}'{suggestion(name, known)}"
             problems.append(Problem(located.place(path).key, dotted(path), message))
-    if located.at(("train", "losses")) == {} or (losses and not any(losses.values())):
+    weights = [loss.get("weight") if isinstance(loss, dict) else loss for loss in losses.values()]
+    if located.at(("train", "losses")) == {} or (losses and not any(weights)):
         problems.append(_at(located, ("train", "losses"), "gives no loss a weight above 0, so nothing would be learnt"))
+    return problems + _stored_teacher(located, losses)
+
+
+def _stored_teacher(located: Located, losses: dict[str, Any]) -> list[Problem]:
+    """Losses that a stored teacher cannot serve."""
+    teacher = _mapping(located, ("train", "teacher"))
+    if teacher.get("kind") != "offline":
+        return []
+    problems = []
+    for name, reason in (
+        ("hidden_match", "compares hidden states, which are not stored"),
+        ("router_kl", "compares with the base's routers, which are not stored"),
+    ):
+        loss = losses.get(name, 0.0)
+        weight = loss.get("weight") if isinstance(loss, dict) else loss
+        stores = name == "router_kl" and teacher.get("routers", True) and teacher.get("path") is None
+        if weight and not stores:
+            message = f"{reason}{_why(name, teacher)}; give it the weight 0, or write train.teacher.kind: online"
+            problems.append(_at(located, ("train", "losses", name), message))
+    kl = losses.get("logits_kl")
+    if isinstance(kl, dict) and kl.get("weight") and kl.get("temperature", 1.0) != 1.0:
+        message = (
+            f"is {kl['temperature']}, but a stored teacher knows how likely all other tokens are at 1 only; "
+            "write 1.0, or train.teacher.kind: online"
+        )
+        problems.append(_at(located, ("train", "losses", "logits_kl", "temperature"), message))
     return problems
+
+
+def _why(name: str, teacher: dict[str, Any]) -> str:
+    if name != "router_kl":
+        return ""
+    return " with routers: false" if teacher.get("path") is None else " of another model"
 
 
 def _mapping(located: Located, path: KeyPath) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -20,7 +21,7 @@ from pydantic_core import PydanticUndefined
 from nexus_core.plugins import Plugins
 from nexus_core.recipe.schema import Recipe
 from nexus_core.recipe.strategies import CHOICES
-from nexus_core.recipe.words import expected, keys_of, section_in
+from nexus_core.recipe.words import expected, is_by_name, keys_of, kinds_of, section_in
 from nexus_core.types import Strategy
 
 INTRODUCTION = """\
@@ -88,7 +89,7 @@ def document() -> str:
     parts += [_section(path, model, description) for path, model, description in _sections(Recipe, "", "")]
     parts.append("## Strategies\n\nParameters stand beside the strategy's name, in the same section.\n")
     plugins = Plugins()
-    settable = {choice.kind for choice in CHOICES}
+    settable = {choice.kind for choice in CHOICES} | {"losses"}
     for title, where, kind in STRATEGY_KINDS:
         parts.append(_strategies(title, where, list(plugins.strategies(kind).values()), kind in settable))
     return "\n".join(parts)
@@ -100,14 +101,16 @@ def _sections(model: type[BaseModel], path: str, description: str) -> Iterator[t
     for key, field in keys_of(model).items():
         inner = section_in(field.annotation)
         if inner is not None:
-            name = f"{key}.NAME" if key == "data" else str(key)
+            name = f"{key}.NAME" if is_by_name(field.annotation) else str(key)
             yield from _sections(inner, f"{path}.{name}" if path else name, field.description or "")
 
 
 def _section(path: str, model: type[BaseModel], description: str) -> str:
     title = f"### `{path}`" if path else "### Top level"
     lines = [title, ""]
-    if path == "data.NAME":
+    if path == "train.losses.NAME":
+        lines += ["A loss that is more than its weight; beside this key stand its own parameters, below.", ""]
+    elif path == "data.NAME":
         lines += [f"{description} Keys of each source:", ""]
     elif description:
         lines += [description, ""]
@@ -125,7 +128,9 @@ def _table(model: type[BaseModel]) -> list[str]:
 def _value(model: type[BaseModel], key: str, field: FieldInfo) -> str:
     if any(choice.section is model and choice.key == key for choice in CHOICES):
         return "a strategy, below"
-    if section_in(field.annotation) is not None:
+    if section_in(field.annotation) is not None and kinds_of(field.annotation) <= {dict, NoneType}:
+        if key == "losses":
+            return "a weight or a section by name, below"
         return "sets of sources, below" if key == "data" else "a section, below"
     return re.sub(r"'([^']+)'", r"`\1`", expected(field.annotation, field.metadata))
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from nexus_core.errors import Problem, suggestion
 from nexus_core.recipe.located import KeyPath, Located, dotted
 from nexus_core.recipe.schema import Recipe
-from nexus_core.recipe.words import expected, field_at, given, keys_of, remedy, section_in
+from nexus_core.recipe.words import expected, field_at, given, is_by_name, keys_of, remedy, section_in
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -35,7 +35,9 @@ def validated(
             relative, problem = _problem(item, model, value, located, path)
             # A union reports each of its branches: one sentence names them all.
             found.setdefault(relative, problem)
-        return None, list(found.values())
+        # Of a section or list that only some of the branches take, what is wrong inside it says more.
+        inner = {path[:length] for path in found for length in range(len(path))}
+        return None, [problem for path, problem in found.items() if path not in inner]
 
 
 def _problem(item: Any, model: type[BaseModel], value: Any, located: Located, root: KeyPath) -> tuple[KeyPath, Problem]:
@@ -85,14 +87,13 @@ def in_order(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def _path_in(value: Any, loc: tuple[Any, ...]) -> KeyPath:
-    """The part of a pydantic error's place that exists in the data; the rest are names of union branches."""
+    """The parts of a pydantic error's place that exist in the data; the others are names of union branches."""
     path: list[str | int] = []
     for part in loc:
         is_entry = isinstance(value, list) and isinstance(part, int) and part < len(value)
-        if not is_entry and not (isinstance(value, dict) and part in value):
-            break
-        value = value[part]
-        path.append(part)
+        if is_entry or (isinstance(value, dict) and part in value):
+            value = value[part]
+            path.append(part)
     return tuple(path)
 
 
@@ -115,7 +116,7 @@ def _homes() -> dict[str, tuple[str, ...]]:
             homes.setdefault(str(key), []).append(".".join(path) or "the top level")
             inner = section_in(field.annotation)
             if inner is not None:
-                visit(inner, (*path, str(key), "NAME") if key == "data" else (*path, str(key)))
+                visit(inner, (*path, str(key), "NAME") if is_by_name(field.annotation) else (*path, str(key)))
 
     visit(Recipe, ())
     return {key: tuple(sections) for key, sections in homes.items()}

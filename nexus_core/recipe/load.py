@@ -20,7 +20,7 @@ from nexus_core.recipe.explain import in_order, validated
 from nexus_core.recipe.located import KeyPath, Located, Place, dotted, read_yaml
 from nexus_core.recipe.override import override
 from nexus_core.recipe.schema import Recipe, Section
-from nexus_core.recipe.strategies import CHOICES, complete
+from nexus_core.recipe.strategies import CHOICES, LOSSES, complete, complete_losses, default_losses
 
 SectionModel = TypeVar("SectionModel", bound=Section)
 
@@ -68,8 +68,11 @@ def section_from(
     places: dict[KeyPath, Place] = {(): command, (name,): command}
     places |= {(name, key): Place(flag, flag) for key, flag in flags.items()}
     located = Located(f"nexus {name}", {name: given}, places)
+    default_losses(located, assignments, root=(name,))
     problems = override(located, assignments, root=(name,))
     problems += complete(located, tuple(choice for choice in CHOICES if choice.path[0] == name))
+    if name == LOSSES[0]:
+        problems += complete_losses(located)
     problems += check_names(located)
     settings, found = validated(section, located, (name,))
     if settings is None or problems:
@@ -83,10 +86,11 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def _checked(located: Located, overrides: Sequence[str]) -> Recipe:
+    default_losses(located, overrides)
     problems = override(located, overrides)
     problems = located.problems + problems
     if isinstance(located.value, dict):
-        problems += complete(located) + check_names(located) + check_execution(located)
+        problems += complete(located) + complete_losses(located) + check_names(located) + check_execution(located)
     if not problems:
         _make_explicit(located.value)
     recipe, found = validated(Recipe, located)

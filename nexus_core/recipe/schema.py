@@ -45,7 +45,8 @@ class Model(Section):
 
 class Source(Section):
     path: Name = Field(
-        description="A file (jsonl, json, parquet, text), a folder that `datasets` saved, a Hub id, or `embedded:NAME`."
+        description="A file (jsonl, json, parquet, arrow, text), a folder of these or one that `datasets` saved, a Hub id, or "
+        "`embedded:NAME`; see data.md."
     )
     weight: Weight = Field(1.0, description="Share of this source within its set, relative to the others'.")
     format: str = Field("auto", description="Shape of a record; `auto` goes by the field names.")
@@ -53,15 +54,18 @@ class Source(Section):
     config: str | None = Field(None, description="Configuration of a Hub data set.")
     split: str = Field("train", description="Split of a Hub data set or saved folder.")
     revision: str | None = Field(None, description="Commit, branch or tag of a Hub data set.")
-    max_records: Count | None = Field(None, description="Read no more than this many records.")
+    max_records: Count | None = Field(None, description="Read no more than this many records, the first as stored.")
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="Share of records, chosen by content hash, kept from training and used by `validate`."
+        0.1,
+        description="Share of records, chosen by a hash of what they ask, kept from training and used by `validate`.",
     )
 
 
 class Sampling(Section):
-    strategy: Literal["coverage", "uniform"] = Field(
-        "coverage", description="How records are drawn: for the widest vocabulary per token, or evenly."
+    strategy: Literal["coverage", "uniform", "kl_greedy"] = Field(
+        "coverage",
+        description="How records are drawn: so that they use the vocabulary as all candidates do, by lot, or by the "
+        "first published rule (for comparison).",
     )
     candidates: Count = Field(10_000, description="Records per set to draw from.")
 
@@ -75,16 +79,29 @@ class Collect(Section):
     keep_inputs: Annotated[int, Field(ge=0)] = Field(
         256, description="MoE inputs kept per layer, so that `convert` can tell what its start does."
     )
+    expert_norms: bool = Field(
+        False,
+        description="Also gather what experts put out (gate weight x norm) and the saliency of every neuron, about "
+        "twice the work; switched on by itself where a chosen strategy needs it.",
+    )
     keep_probabilities: bool | Count = Field(
         False, description="Also write router probabilities as NPZ: all of them, or those of the first N tokens."
     )
     seed: int = Field(0, description="Seed of the draw.")
 
 
+class Cumulative(Section):
+    cumulative: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Take the fewest experts that together hold this share of a layer's importance."
+    )
+
+
 class Select(StrategySection):
     strategy: str = Field("pca", description="How a layer's experts are ranked.")
-    top_k: Count | Literal["auto"] = Field(
-        "auto", description="Experts per layer; `auto` goes by the importance that the top 4 hold."
+    top_k: Count | Literal["auto"] | Cumulative | Annotated[list[Count], Field(min_length=1)] = Field(
+        "auto",
+        description="Experts per layer: one number, a list with one per layer in their order, `auto` by the importance "
+        "that the top 4 hold, or `{cumulative: 0.8}`.",
     )
     seed: int = Field(0, description="Seed of strategies that draw.")
 
@@ -92,7 +109,7 @@ class Select(StrategySection):
 class Convert(StrategySection):
     merge: str = Field("mean", description="How the chosen experts become one.")
     width: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Neurons of the shared expert; one routed expert's width if left out."
+        None, description="Neurons of the shared expert, any number; one routed expert's width if left out."
     )
     start: Literal["zero", "full"] | float = Field(
         "zero",
@@ -102,7 +119,35 @@ class Convert(StrategySection):
 
 
 class Teacher(Section):
-    kind: Literal["online"] = Field("online", description="`online`: the same weights with the shared experts off.")
+    kind: Literal["online", "offline"] = Field(
+        "online",
+        description="`online`: the same weights with the shared experts off; `offline`: stored once by `capture`.",
+    )
+    top_logits: Annotated[int, Field(ge=1, le=255)] = Field(
+        128, description="Offline: tokens of the vocabulary stored per kept token, at most."
+    )
+    tail: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.005, description="Offline: fewer are stored where all others together are less likely than this."
+    )
+    bytes_per_token: Annotated[float, Field(ge=16)] = Field(
+        120.0, description="Offline: room for them on average; where it is too little, `tail` is raised."
+    )
+    routers: bool = Field(True, description="Offline: also store router logits, which `router_kl` needs.")
+    path: Name | None = Field(
+        None, description="Offline: another model to learn from, with the same vocabulary; the base if left out."
+    )
+    revision: str | None = Field(None, description="Commit, branch or tag of that model.")
+
+    @model_validator(mode="after")
+    def _only_a_stored_teacher_is_another_model(self) -> Teacher:
+        if self.path is not None and self.kind == "online":
+            raise ValueError(f"path {self.path} names another model, which must be captured: write kind: offline")
+        return self
+
+    @property
+    def stores_routers(self) -> bool:
+        """Whether router logits are stored; another model's routers are not the student's."""
+        return self.routers and self.path is None
 
 
 class Routing(StrategySection):
@@ -126,6 +171,10 @@ class Schedule(Section):
         0.5, description="Share of the steps after which the router stops learning; matters when the router trains."
     )
 
+    after_freeze: Literal["nothing", "weights"] = Field(
+        "nothing", description="What of the router learns on after that: nothing, or its weights without its biases."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _list_is_a_pair(cls, value: Any) -> Any:
@@ -145,6 +194,34 @@ class Schedule(Section):
         return self
 
 
+class Loss(StrategySection):
+    weight: Annotated[float, Field(ge=0)] = Field(description="Weight in the sum of all losses.")
+
+
+class Evaluate(Section):
+    every: Count | None = Field(
+        None, description="Steps between measurements on held-out text, step 0 too; none if left out."
+    )
+    sequences: Count = Field(32, description="Held-out sequences per data set, at most.")
+    keep: Literal["best", "last"] = Field(
+        "best", description="Which state becomes the model: the best on held-out text, or the last."
+    )
+    patience: Count | None = Field(
+        None, description="Stop after so many measurements without a better one; never if left out."
+    )
+
+    @model_validator(mode="after")
+    def _patience_needs_measurements(self) -> Evaluate:
+        if self.patience is not None and self.every is None:
+            raise ValueError(f"patience {self.patience} counts measurements, and there are none without `every`")
+        return self
+
+
+class Anchor(Section):
+    interval: Count = Field(250, description="Steps between averages.")
+    alpha: Ratio = Field(0.25, description="Share of the earlier state in the average.")
+
+
 class Train(Section):
     teacher: Teacher = Field(Teacher(), description="Where the base's outputs come from.")
     routing: Routing = Field(Routing(), description="What of the router learns.")
@@ -156,8 +233,9 @@ class Train(Section):
         description="Data sets to learn from (language-model loss); the others are kept (KL to the base). "
         "The first name under `train.data` if left out.",
     )
-    losses: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {"lm": 1.0, "router_kl": 1.0, "logits_kl": 4.0}, description="Weight of each loss by name."
+    losses: dict[str, Annotated[float, Field(ge=0)] | Loss] = Field(
+        {"lm": 1.0, "router_kl": 1.0, "logits_kl": 4.0},
+        description="Each loss by name: its weight, or `{weight: 4.0}` with parameters of its own beside it.",
     )
     schedule: Schedule = Field(Schedule(), description="Learning rate and temperature over the steps.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1.0e-5, description="Full learning rate of AdamW.")
@@ -170,9 +248,29 @@ class Train(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, one more forward pass."
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="A step whose loss or gradient is not finite ends the run, or is left out."
+    )
+    evaluate: Evaluate = Field(Evaluate(), description="Held-out text during training: best state, early stop.")
+    anchor: Anchor | None = Field(
+        None, description="Rolling average of the weights with an earlier state of themselves; none if left out."
+    )
+    start_from: str | None = Field(
+        None, description="Folder of an earlier run's `train` (or its model): begin with what it had learnt."
+    )
     checkpoint_every: Count = Field(500, description="Steps between checkpoints.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints kept.")
     seed: int = Field(0, description="Seed of the order of the data.")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of every loss by name."""
+        return {name: loss.weight if isinstance(loss, Loss) else loss for name, loss in self.losses.items()}
+
+    @property
+    def loss_parameters(self) -> dict[str, dict[str, Any]]:
+        """Each loss's own parameters by its name."""
+        return {name: loss.parameters if isinstance(loss, Loss) else {} for name, loss in self.losses.items()}
 
 
 class Validate(Section):

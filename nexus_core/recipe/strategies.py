@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from nexus_core.errors import Problem
 from nexus_core.plugins import installed
 from nexus_core.recipe.explain import unknown_key, unknown_name, validated
 from nexus_core.recipe.located import KeyPath, Located
-from nexus_core.recipe.schema import Convert, Routing, Select, StrategySection
+from nexus_core.recipe.schema import Convert, Loss, Routing, Select, StrategySection, Train
 from nexus_core.recipe.words import keys_of
 from nexus_core.types import Strategy
 
@@ -30,11 +30,50 @@ class Choice:
         return self.section.model_fields[self.key].default
 
 
+LOSSES: KeyPath = ("train", "losses")
+
 CHOICES = (
     Choice(("select",), "strategy", "selection", Select),
     Choice(("convert",), "merge", "merge", Convert),
     Choice(("train", "routing"), "strategy", "routing", Routing),
 )
+
+
+def default_losses(located: Located, assignments: Sequence[str], root: KeyPath = ()) -> None:
+    """Write out the losses that a recipe left to their defaults if `--set` is to change one: the others stay.
+
+    Changes `located.value`. assignments, root: as `override` gets them.
+    """
+    prefix = ".".join([*map(str, LOSSES[len(root) :]), ""])
+    settings = located.value if isinstance(located.value, dict) else {}
+    train = settings.get("train", {})
+    if isinstance(train, dict) and "losses" not in train and any(a.strip().startswith(prefix) for a in assignments):
+        settings["train"] = train | {"losses": dict(Train.model_fields["losses"].default)}
+
+
+def complete_losses(located: Located) -> list[Problem]:
+    """Everything wrong with the losses' parameters; every loss that exists becomes a section with all of its own.
+
+    Changes `located.value`, so that a plain weight and a section of that weight mean the same to a stage's key.
+    """
+    settings = located.value if isinstance(located.value, dict) else {}
+    train = settings.get("train", {})
+    problems: list[Problem] = []
+    if isinstance(train, dict) and "losses" not in train:
+        settings["train"] = train | {"losses": dict(Train.model_fields["losses"].default)}
+    losses = located.at(LOSSES)
+    known = installed().strategies("losses") if isinstance(losses, dict) else {}
+    for name, given in list(losses.items()) if isinstance(losses, dict) else ():
+        is_number = isinstance(given, int | float) and not isinstance(given, bool)
+        if name not in known or not (is_number or isinstance(given, dict)):
+            continue  # reported by the schema and by check_names
+        section = {"weight": given} if is_number else dict(given)
+        parameters, found = _parameters(
+            located, Choice((*LOSSES, name), "weight", "losses", Loss), known[name], section
+        )
+        losses[name] = section | parameters
+        problems += found
+    return problems
 
 
 def complete(located: Located, choices: tuple[Choice, ...] = CHOICES) -> list[Problem]:

@@ -42,6 +42,10 @@ def expected(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if annotation is str:
         return "text that is not empty" if limits.get("min_length") else "text"
     if _is_model(annotation):
+        keys = keys_of(annotation)
+        if len(keys) == 1:
+            key, field = next(iter(keys.items()))
+            return f"{{{key}: {expected(field.annotation, field.metadata)}}}"
         return f"a section with keys {_some_keys(annotation)}"
     return str(getattr(annotation, "__name__", annotation))
 
@@ -86,9 +90,9 @@ def remedy(value: Any, annotation: Any, place: Place) -> str:
         return "; put it in quotes"
     if isinstance(value, float) and int in kinds and value.is_integer():
         return f"; write {int(value)}"
-    if isinstance(value, list) and dict in kinds:
+    if isinstance(value, list) and dict in kinds and list not in kinds:
         return "; write 'key: value' lines without dashes"
-    if not isinstance(value, list) and list in kinds:
+    if not isinstance(value, list) and list in kinds and kinds.isdisjoint({int, float, bool, str}):
         return "; begin each item with '- ', or write [...]"
     return ""
 
@@ -160,6 +164,11 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
     if _is_model(annotation):
         return annotation
     return next((found for argument in get_args(annotation) if (found := section_in(argument))), None)
+
+
+def is_by_name(annotation: Any) -> bool:
+    """Whether a type is a mapping whose names are the user's, or those of strategies."""
+    return get_origin(_unwrap(annotation)[0]) is dict
 
 
 def _is_model(annotation: Any) -> bool:

@@ -12,33 +12,32 @@ if TYPE_CHECKING:
 Rows = Sequence[dict[str, float]]
 
 # Losses other than these are drawn too, under their own names.
-PART_TITLES = {"lm": "language model (learnt)", "router_kl": "router KL", "logits_kl": "vocabulary KL (kept)"}
-NOT_LOSSES = {
-    "step",
-    "loss",
-    "learning_rate",
-    "temperature",
-    "gradient_norm",
-    "router_l1",
-    "router_entropy",
-    "router_entropy_base",
-    "tokens_per_second",
-    "seconds",
+PART_TITLES = {
+    "lm": "language model (learnt)",
+    "router_kl": "router KL",
+    "logits_kl": "vocabulary KL (kept)",
+    "hidden_match": "hidden states (kept)",
 }
+HELD_OUT, HELD_OUT_BASE = "held_out/", "held_out_base/"
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb0", "#d9822b", "#3a9a5b", "#b8433f", "#777777"
+COLOURS = (BLUE, ORANGE, GREEN, RED)
 
 
-def training_curves(rows: Rows, title: str = "Training") -> Figure:
-    """Six panels over the steps of metrics.jsonl; one whose values were not computed stays empty.
+def training_curves(rows: Rows, title: str = "Training", losses: Sequence[str] = tuple(PART_TITLES)) -> Figure:
+    """Six panels over the steps of metrics.jsonl, eight with held-out text; one without values stays empty.
 
-    rows: as in the file; values that a run did not compute may be missing. Thin lines are single steps, thick ones
-    the mean over a twentieth of the run.
+    rows: as in the file; values that a run did not compute may be missing. losses: names of the run's losses. Thin
+    lines are single steps, thick ones the mean over a twentieth of the run.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 7), dpi=110, layout="constrained")
+    names = dict.fromkeys(key.removeprefix(HELD_OUT) for row in rows for key in row if key.startswith(HELD_OUT))
+    figure = Figure(figsize=(18 if names else 14, 7), dpi=110, layout="constrained")
     figure.suptitle(title)
-    ((learning, distances, gradient), (entropy, router, schedule)) = figure.subplots(2, 3, sharex=True)
+    panels = figure.subplots(2, 4 if names else 3, sharex=True)
+    ((learning, distances, gradient), (entropy, router, schedule)) = (row[:3] for row in panels)
+    if names:
+        _held_out(panels[0][3], panels[1][3], rows, list(names))
 
     _title(learning, "Learning", "nats per token")
     _curve(learning, rows, "lm", BLUE, PART_TITLES["lm"])
@@ -46,7 +45,7 @@ def training_curves(rows: Rows, title: str = "Training") -> Figure:
 
     _title(distances, "Distance to the base", "nats per token")
     colours = iter((ORANGE, GREEN, RED, BLUE))
-    for name in sorted({key for row in rows for key in row} - NOT_LOSSES - {"lm"}):
+    for name in (name for name in losses if name != "lm"):
         _curve(distances, rows, name, next(colours, GREY), PART_TITLES.get(name, name))
 
     _title(gradient, "Gradient norm before clipping", "L2 norm")
@@ -73,6 +72,23 @@ def training_curves(rows: Rows, title: str = "Training") -> Figure:
     for axes in (entropy, router, schedule):
         axes.set_xlabel("step")
     return figure
+
+
+def _held_out(text: Axes, change: Axes, rows: Rows, names: Sequence[str]) -> None:
+    """Held-out text by data set, and what became of it against the base; the base is dashed."""
+    _title(text, "Held-out text", "nats per token")
+    _title(change, "Held-out text against the base", "nats per token")
+    changes = [
+        {"step": row["step"]}
+        | {name: row[HELD_OUT + name] - row[HELD_OUT_BASE + name] for name in names if HELD_OUT + name in row}
+        for row in rows
+    ]
+    for name, colour in zip(names, COLOURS * len(names), strict=False):
+        _curve(text, rows, HELD_OUT + name, colour, name, smooth=False)
+        _curve(text, rows, HELD_OUT_BASE + name, colour, dashed=True, smooth=False)
+        _curve(change, changes, name, colour, name, smooth=False)
+    change.axhline(0, color=GREY, linewidth=1)
+    change.set_xlabel("step")
 
 
 def _title(axes: Axes, title: str, unit: str) -> None:

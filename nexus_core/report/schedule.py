@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Eighths of a line of text, from nothing to all of it.
+BLOCKS = " ▁▂▃▄▅▆▇█"
+COLUMNS = 60
+
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#777777"
 
 
 def schedule_picture(
-    learning_rates: Sequence[float], temperatures: Sequence[float], router_freezes_after: int | None = None
+    learning_rates: Sequence[float],
+    temperatures: Sequence[float],
+    marked_step: int | None = None,
+    mark: str = "router stops learning",
 ) -> Figure:
-    """Learning rate and temperature of steps 1, 2, ...; router_freezes_after: a step to mark, None for none."""
+    """Learning rate and temperature of steps 1, 2, ...; marked_step: after which `mark` is true, None for none."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), dpi=120, layout="constrained")
@@ -28,11 +35,11 @@ def schedule_picture(
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     axes.spines[["top"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
-    if router_freezes_after is not None:
-        axes.axvline(router_freezes_after, color=GREY, linewidth=1, linestyle=":")
+    if marked_step is not None:
+        axes.axvline(marked_step, color=GREY, linewidth=1, linestyle=":")
         axes.annotate(
-            "router stops learning",
-            (router_freezes_after, axes.get_ylim()[1] * 0.04),
+            mark,
+            (marked_step, axes.get_ylim()[1] * 0.04),
             xytext=(4, 0),
             textcoords="offset points",
             fontsize=8,
@@ -44,3 +51,15 @@ def schedule_picture(
     right.set_ylim(bottom=0)
     right.spines[["top"]].set_visible(False)
     return figure
+
+
+def schedule_lines(learning_rates: Sequence[float], temperatures: Sequence[float]) -> list[str]:
+    """The same as text for a terminal: one line of blocks each, from zero, and the values that it goes through."""
+    lines = []
+    for name, values, form in (("rate", learning_rates, ".3g"), ("temperature", temperatures, ".3g")):
+        highest = max(values)
+        columns = [values[column * len(values) // COLUMNS] for column in range(COLUMNS)]
+        columns[-1] = values[-1]
+        blocks = "".join(BLOCKS[round(value / highest * (len(BLOCKS) - 1))] for value in columns)
+        lines.append(f"{name:<12} {blocks}  {values[0]:{form}} .. {highest:{form}} .. {values[-1]:{form}}")
+    return lines

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nexus_core.select.selection import MARKS, Selection
+from nexus_core.select.selection import MARKS, Selection, describe_top_k
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +108,7 @@ def importance_map(selection: Selection) -> Figure:
     importance_LE = selection.importance_LE
     layers, experts = importance_LE.shape
     figure, axes = _axes(
-        f"Importance of every expert ({selection.strategy}, top_k {selection.top_k})",
+        f"Importance of every expert ({selection.strategy}, top_k {describe_top_k(selection.top_k)})",
         size=(max(6.5, min(14, 2.5 + 0.1 * experts)), max(3.2, min(10, 1.6 + 0.22 * layers))),
     )
     multiples_LE = importance_LE * experts
@@ -116,7 +116,9 @@ def importance_map(selection: Selection) -> Figure:
     rows, columns = zip(
         *[(row, expert) for row, layer in enumerate(selection.layers) for expert in layer.experts], strict=True
     )
-    axes.scatter(columns, rows, s=max(4, min(40, 1500 / experts)), facecolor="none", edgecolor="white", lw=0.8)
+    # White on a dark rim, so that it shows on every colour.
+    for color, width in (("black", 2.0), ("white", 0.9)):
+        axes.scatter(columns, rows, s=max(4, min(40, 1500 / experts)), facecolor="none", edgecolor=color, lw=width)
     labelled = range(0, layers, -(-layers // 20))
     axes.set_yticks(list(labelled), [str(selection.layers[row].layer) for row in labelled])
     axes.locator_params(axis="x", integer=True)

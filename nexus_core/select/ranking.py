@@ -16,7 +16,9 @@ class LayerStatistics:
     """What one layer's router did over `tokens` tokens.
 
     mean (E,) and covariance (E, E): of the full softmax over all experts, unbiased, float64. topk_count (E,): tokens
-    that were routed to each expert. gate_mass (E,): sum of the gate weights each expert received.
+    that were routed to each expert. gate_mass (E,): sum of the gate weights each expert received. output_norm_sum (E,):
+    sum over each expert's tokens of its gate weight times the norm of its output, None if collect did not gather it.
+    wanted: how many experts will be chosen, None where that depends on the ranking.
     """
 
     layer: int
@@ -25,6 +27,8 @@ class LayerStatistics:
     covariance: np.ndarray
     topk_count: np.ndarray
     gate_mass: np.ndarray
+    output_norm_sum: np.ndarray | None = None
+    wanted: int | None = None
 
     @property
     def experts(self) -> int:
@@ -37,11 +41,13 @@ class Ranking:
     """How important each expert of a layer is.
 
     importance (E,): not negative, sums to 1. explained_variance: for strategies that decompose the routing, the share
-    of its total variance that each component explains, largest first; empty for the others.
+    of its total variance that each component explains, largest first; empty for the others. order: all experts, first
+    to last, for strategies that choose one after the other; by importance, ties by index, if left out.
     """
 
     importance: np.ndarray
     explained_variance: tuple[float, ...] = ()
+    order: tuple[int, ...] | None = None
 
 
 def normalised(scores_E: np.ndarray) -> np.ndarray:

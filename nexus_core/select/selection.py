@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nexus_core.errors import SelectionError
+from nexus_core.recipe.schema import Cumulative
 from nexus_core.select.ranking import Ranking
 
 FILE_NAME = "selection.json"
@@ -26,15 +27,23 @@ PATTERNS = (("steep", 0.70, 4), ("moderate", 0.50, 8), ("gradual", 0.35, 16), ("
 Index = Annotated[int, Field(ge=0)]
 
 
+# Cumulative importance this far below the wanted share reaches it: shares add up to 1 but for rounding.
+ROUNDING = 1e-9
+
+
 class _Stored(BaseModel):
     # Other programs may add keys of their own; ours are checked.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class LayerSelection(_Stored):
-    """One layer's chosen experts, most important first, and what they were chosen by.
+# How many experts of a layer are taken.
+TopK = int | Literal["auto"] | Cumulative
 
-    importance (E,): of every expert, sums to 1. explained_variance: see `Ranking`. top_share: importance that the top
+
+class LayerSelection(_Stored):
+    """One layer's chosen experts, the first that the strategy would take first, and what they were chosen by.
+
+    importance (E,): of every expert, sums to 1. explained_variance: see `Ranking`. top_share: importance that the first
     4, 8, 16 and 24 experts hold, by that number. pattern: how steeply importance falls. A file written by hand needs
     only `layer` and `experts`.
     """
@@ -58,13 +67,14 @@ class LayerSelection(_Stored):
 class Selection(_Stored):
     """The chosen experts of all layers, ascending by layer.
 
-    top_k: as asked for, a number or "auto". tokens: how many the statistics were collected over. model: the name
+    top_k: as asked for: a number, one per layer, "auto" or a share of the importance. tokens: how many the statistics
+    were collected over. model: the name
     collect was given, of a folder its last part. statistics: the folder they came from, relative to the one this
     selection lies in.
     """
 
     strategy: str
-    top_k: int | Literal["auto"]
+    top_k: TopK | tuple[Index, ...]
     layers: Annotated[tuple[LayerSelection, ...], Field(min_length=1)]
     parameters: dict[str, Any] = {}
     seed: int = 0
@@ -85,32 +95,43 @@ class Selection(_Stored):
         return np.array([layer.importance for layer in self.layers])
 
 
-def choose_experts(layer: int, ranking: Ranking, top_k: int | Literal["auto"]) -> LayerSelection:
-    """The most important experts of a layer, ties by index, with what their importance says about the layer.
+def choose_experts(layer: int, ranking: Ranking, top_k: TopK) -> LayerSelection:
+    """The first experts of a layer in the strategy's order, with what their importance says about the layer.
 
-    top_k: how many; "auto" takes as many as the layer's pattern recommends. Raises SelectionError if the layer has
-    fewer.
+    top_k: how many; "auto" takes as many as the layer's pattern recommends, `Cumulative` the fewest that hold its share
+    of the importance. Raises SelectionError if the layer has fewer.
     """
     importance_E = ranking.importance
     experts = len(importance_E)
-    if top_k != "auto" and top_k > experts:
-        raise SelectionError(
-            f"top_k is {top_k}, but layer {layer} has {experts} experts; choose at most {experts}, or 'auto'"
-        )
-    order_E = np.argsort(-importance_E, kind="stable")
+    order_E = np.argsort(-importance_E, kind="stable") if ranking.order is None else np.array(ranking.order)
     cumulative_E = np.cumsum(importance_E[order_E])
     top_share = {str(mark): min(1.0, float(cumulative_E[min(mark, experts) - 1])) for mark in MARKS}
     pattern, recommended = pattern_of(top_share["4"])
     recommended = min(recommended, experts)
+    if isinstance(top_k, Cumulative):
+        taken = min(int(np.searchsorted(cumulative_E, top_k.cumulative - ROUNDING)) + 1, experts)
+    else:
+        taken = recommended if top_k == "auto" else top_k
+    if taken > experts:
+        raise SelectionError(
+            f"top_k is {taken}, but layer {layer} has {experts} experts; choose at most {experts}, or 'auto'"
+        )
     return LayerSelection(
         layer=layer,
-        experts=tuple(int(expert) for expert in order_E[: recommended if top_k == "auto" else top_k]),
+        experts=tuple(int(expert) for expert in order_E[:taken]),
         importance=tuple(float(share) for share in importance_E),
         explained_variance=ranking.explained_variance,
         top_share=top_share,
         pattern=pattern,
         recommended_top_k=recommended,
     )
+
+
+def describe_top_k(top_k: TopK | Sequence[int]) -> str:
+    """How many experts were asked for, in words as short as a plot's title needs."""
+    if isinstance(top_k, Cumulative):
+        return f"{top_k.cumulative:.0%} of the importance"
+    return str(top_k) if isinstance(top_k, int | str) else f"{min(top_k)} to {max(top_k)}"
 
 
 def pattern_of(top_4_share: float) -> tuple[str, int]:

@@ -1,9 +1,8 @@
 """A model and data to router statistics: which experts the data goes to, exactly, in a few megabytes."""
 
-# B sequences, S sequence length, T tokens of a batch (B * S)
-
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import shutil
@@ -22,19 +21,28 @@ from nexus_core.checkpoint.source import Checkpoint
 from nexus_core.checkpoint.writer import write_json, write_shard
 from nexus_core.data.documents import Part
 from nexus_core.data.samples import Sample, choose_shares, draw
-from nexus_core.errors import StageError, UsageError
+from nexus_core.errors import UsageError
 from nexus_core.models import compute_dtype, load
 from nexus_core.progress import Progress
 from nexus_core.recipe.schema import Collect, Recipe, Source
+from nexus_core.stages.router_pass import RoutedBatch, RouterPass, batches
+from nexus_core.stages.shards import WHOLE, Shard
 from nexus_core.stages.stage import Metrics, Stage, StageContext
-from nexus_core.statistics import moments, probabilities
+from nexus_core.stages.standing import Standing
+from nexus_core.stages.strategies import choose_strategy
+from nexus_core.statistics import kept_inputs, moments, probabilities
+from nexus_core.statistics.activity import ExpertActivity
 from nexus_core.statistics.kept_inputs import KeptInputs
-from nexus_core.statistics.listening import Listener, listen
+from nexus_core.statistics.listening import listen
 from nexus_core.statistics.moments import RouterStatistics
 from nexus_core.statistics.probabilities import ProbabilityWriter
+from nexus_core.statistics.saliency import FILE_NAME as SALIENCY_NAME
+from nexus_core.statistics.saliency import NEED, NeuronSaliency
 
-MOE_INPUTS_NAME = "moe_inputs.safetensors"
 REPORT_NAME = "sampling_report.json"
+
+# What strategies call the statistics in their `needs` that are gathered only with `expert_norms`.
+NEED_EXPERT_NORMS = frozenset({"expert_norms", NEED})
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -51,12 +59,15 @@ def collect(
     dtype: torch.dtype | None = None,
     report: Report = lambda step, values: None,
     part: Part = "train",
+    shard: Shard = WHOLE,
 ) -> Metrics:
     """Route `settings.tokens` tokens of the data through the base model and write what its routers did into `out`.
 
     Of a converted or trained model it is the base in it that is asked. sets: the sources of each data set by name;
-    `settings.data` tells their shares. part: which side of each source's split is used. Raises DataError if data is
-    missing or unusable, StageError if a router gives numbers that are not finite or memory runs out.
+    `settings.data` tells their shares; with `settings.expert_norms` a second file tells what neurons do. part: which
+    side of each source's split is used. shard: route only a part of the tokens; `merge_collected` makes one of several.
+    What an interrupted try left in `out` is gone on with, to the same bits. Raises DataError if data is missing or
+    unusable, StageError if a router gives numbers that are not finite or memory runs out.
     """
     shares = choose_shares(settings.data, sets)
     samples = draw(checkpoint, sets, shares, settings, part)
@@ -65,29 +76,37 @@ def collect(
     for warning in shortfalls:
         log.warning("%s", warning)
 
+    work = batches(samples, settings.batch_size)
+    first, last = shard.of(len(work))
+    passed, ours = (sum(batch.tokens for batch in part) for part in (work[:first], work[first:last]))
     moe = checkpoint.description
-    statistics = RouterStatistics.zeros(moe.layers, moe.experts, device)
-    kept = KeptInputs(moe.layers, tokens, settings.keep_inputs)
-    started = time.monotonic()
+    statistics = RouterStatistics.zeros(moe.layers, moe.experts, device, expert_norms=settings.expert_norms)
+    kept = KeptInputs(moe.layers, tokens, settings.keep_inputs, passed=passed)
+    keep = tokens if settings.keep_probabilities is True else int(settings.keep_probabilities)
+    writer = _probability_writer(min(max(keep - passed, 0), ours), checkpoint, out)
     with ExitStack() as stack:
-        writer = _probability_writer(settings.keep_probabilities, tokens, checkpoint, out)
+        model = stack.enter_context(as_teacher(load(checkpoint, dtype=dtype, device=device)))
+        keeps_inputs = settings.keep_inputs > 0 or settings.expert_norms
+        listener = stack.enter_context(listen(model, checkpoint.family, keep_inputs=keeps_inputs))
+        activity = _activity(checkpoint, model, samples, device) if settings.expert_norms else None
+        router_pass = RouterPass(model, listener, statistics, kept, activity, writer)
+        standing = Standing(out, router_pass.sums(), _identity(work, settings, shard))
+        done = standing.restore()
         if writer:
             stack.enter_context(writer)
-        model = stack.enter_context(as_teacher(load(checkpoint, dtype=dtype, device=device)))
-        listener = stack.enter_context(listen(model, checkpoint.family, keep_inputs=settings.keep_inputs > 0))
-        progress = stack.enter_context(Progress("collect", tokens, "tokens"))
-        stack.enter_context(torch.inference_mode())
-        started = time.monotonic()
-        for step, (input_ids_BS, mask_T) in enumerate(_batches(samples, settings.batch_size)):
-            _forward(model, input_ids_BS.to(device))
-            _record(statistics, kept, writer, listener, mask_T)
-            _refuse_non_finite(statistics)
-            progress.advance(int(mask_T.sum()))
-            report(step, {"tokens_per_second": progress.done / max(time.monotonic() - started, 1e-9)})
-    seconds = time.monotonic() - started
+        progress = stack.enter_context(Progress("collect", ours, "tokens"))
+        progress.resume_at(sum(batch.tokens for batch in work[first : first + done]))
+        started, before = time.monotonic(), progress.done
+        for step, batch in enumerate(work[first + done : last], start=done):
+            router_pass.route(batch)
+            progress.advance(batch.tokens)
+            report(step, {"tokens_per_second": (progress.done - before) / max(time.monotonic() - started, 1e-9)})
+            standing.save_now_and_then(step + 1)
+        tokens_per_second = (progress.done - before) / max(time.monotonic() - started, 1e-9)
 
     statistics = statistics.to("cpu")
-    _write(out, checkpoint, statistics, kept, samples)
+    tokens_per_set = _tokens_per_set(samples, work[first:last])
+    _write(out, checkpoint, statistics, kept, activity, tokens_per_set, shard)
     report_file = {
         "strategy": settings.sampling.strategy,
         "wanted_tokens": settings.tokens,
@@ -96,11 +115,12 @@ def collect(
         "sets": {sample.name: sample.report for sample in samples},
     }
     write_json(out / REPORT_NAME, report_file)
+    standing.forget()
     entropy_L = statistics.mean_entropy()
     return {
         "tokens": statistics.tokens,
-        "sequences": sum(len(sample.sequences) for sample in samples),
-        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "sequences": sum(len(batch.input_ids) for batch in work[first:last]),
+        "tokens_per_second": tokens_per_second,
         "router_entropy_nats": float(entropy_L.mean()),
         "router_entropy_share_of_even": float(entropy_L.mean()) / math.log(max(moe.experts, 2)),
         "experts_never_chosen": int((statistics.topk_count == 0).sum()),
@@ -109,72 +129,41 @@ def collect(
     }
 
 
-def _batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Input ids (B, S), and on CPU which of their tokens (T,) are real, of all sets in turn."""
-    input_ids = torch.cat([sample.sequences.input_ids for sample in samples])
-    lengths = torch.cat([sample.sequences.lengths for sample in samples])
-    positions_S = torch.arange(input_ids.shape[1])
-    return [
-        (ids_BS, (positions_S < lengths_B[:, None]).flatten())
-        for ids_BS, lengths_B in zip(input_ids.split(batch_size), lengths.split(batch_size), strict=True)
-    ]
+def _tokens_per_set(samples: Sequence[Sample], work: Sequence[RoutedBatch]) -> dict[str, int]:
+    sets_T = torch.cat([batch.sets_T for batch in work])
+    counts = torch.bincount(sets_T[sets_T >= 0], minlength=len(samples)).tolist()
+    return {sample.name: count for sample, count in zip(samples, counts, strict=True)}
 
 
-def _forward(model: Any, input_ids_BS: torch.Tensor) -> None:
-    """One pass through the layers. The output head is left out: its logits are the widest thing, and nobody reads them.
+def _identity(work: Sequence[RoutedBatch], settings: Collect, shard: Shard) -> str:
+    """What the sums depend on beside the model: the very tokens, how they are batched, what is gathered."""
+    digest = hashlib.sha256(f"{STAGE.version} {shard} {settings.model_dump_json()}".encode())
+    for batch in work:
+        for tensor in (batch.input_ids, batch.positions, batch.sets_T):
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
-    Sequences are padded on the right, where causal attention lets nothing see the padding.
+
+def _activity(checkpoint: Checkpoint, model: Any, samples: Sequence[Sample], device: str) -> ExpertActivity:
+    moe = checkpoint.description
+    sets = [sample.name for sample in samples]
+    saliency = NeuronSaliency.zeros(moe.layers, sets, moe.experts, moe.expert_width, device)
+    return ExpertActivity(saliency, checkpoint.family, checkpoint.config, model)
+
+
+def _probability_writer(count: int, checkpoint: Checkpoint, out: Path) -> ProbabilityWriter | None:
+    """The file for the probabilities of `count` tokens, its size told first; None for none of them.
+
+    Raises UsageError if the disk has no room for it.
     """
-    try:
-        model.base_model(input_ids=input_ids_BS, use_cache=False)
-    except torch.cuda.OutOfMemoryError as error:
-        batch_size, sequence_length = input_ids_BS.shape
-        raise StageError(
-            f"the GPU has no memory left for {batch_size} sequences of {sequence_length} tokens; lower "
-            "collect.batch_size or collect.sequence_length"
-        ) from error
-
-
-def _record(
-    statistics: RouterStatistics,
-    kept: KeptInputs,
-    writer: ProbabilityWriter | None,
-    listener: Listener,
-    mask_T: torch.Tensor,
-) -> None:
-    listener.refuse_if_incomplete()
-    # Only the last sequences of a set are padded; picking tokens would copy all the others for nothing.
-    mask = None if bool(mask_T.all()) else mask_T.to(statistics.probability_sum.device)
-    for position, layer in enumerate(statistics.layers):
-        statistics.update(position, listener.routers[layer], mask)
-    if listener.inputs:
-        kept.update(listener.inputs, listener.outputs, mask_T)
-    if writer:
-        logits = [listener.routers[layer].logits for layer in statistics.layers]
-        writer.write(logits if mask is None else [logits_TE[mask] for logits_TE in logits])
-    listener.clear()
-
-
-def _refuse_non_finite(statistics: RouterStatistics) -> None:
-    is_finite_L = statistics.probability_sum.isfinite().all(dim=1)
-    if not bool(is_finite_L.all()):
-        layer = statistics.layers[int(is_finite_L.int().argmin())]
-        raise StageError(
-            f"the router of layer {layer} gave numbers that are not finite; the checkpoint may be damaged, or overflow "
-            "in this type: try float32 (model.dtype, --dtype)"
-        )
-
-
-def _probability_writer(keep: bool | int, tokens: int, checkpoint: Checkpoint, out: Path) -> ProbabilityWriter | None:
-    """The file for probabilities, its size told first. Raises UsageError if the disk has no room for it."""
-    if not keep:
+    if not count:
         return None
     moe = checkpoint.description
-    count = tokens if keep is True else min(int(keep), tokens)
     size = probabilities.stored_bytes(count, len(moe.layers), moe.experts)
     sys.stderr.write(f"{probabilities.FILE_NAME}: {count:,} tokens will take {size / 1e6:,.1f} MB\n")
     free = shutil.disk_usage(out).free
-    if size > free:
+    there = out / probabilities.FILE_NAME
+    if size > free + (there.stat().st_size if there.is_file() else 0):
         raise UsageError(
             f"collect.keep_probabilities needs {size / 1e9:,.1f} GB for {count:,} tokens and {out} has "
             f"{free / 1e9:,.1f} GB left; give a smaller number of tokens to keep"
@@ -187,7 +176,9 @@ def _write(
     checkpoint: Checkpoint,
     statistics: RouterStatistics,
     kept: KeptInputs,
-    samples: Sequence[Sample],
+    activity: ExpertActivity | None,
+    tokens_per_set: Mapping[str, int],
+    shard: Shard,
 ) -> None:
     moe = checkpoint.description
     metadata = {
@@ -197,13 +188,16 @@ def _write(
         "experts": moe.experts,
         "experts_per_token": moe.experts_per_token,
         "tokens": statistics.tokens,
-        "tokens_per_set": {sample.name: sample.sequences.tokens for sample in samples},
+        "tokens_per_set": dict(tokens_per_set),
         "nexus": __version__,
+        **({"shard": str(shard)} if shard.count > 1 else {}),
     }
     statistics.save(out / moments.FILE_NAME, metadata)
+    if activity:
+        activity.saliency.save(out / SALIENCY_NAME, metadata)
     tensors = kept.tensors()
     if tensors:
-        write_shard(out / MOE_INPUTS_NAME, tensors)
+        write_shard(out / kept_inputs.FILE_NAME, tensors)
 
 
 def _weighted(samples: Sequence[Sample], figure: str) -> float:
@@ -216,14 +210,25 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     section = recipe.collect
     names = recipe.data if section.data is None else section.data
     sets = {name: [source.model_dump(mode="json") for source in recipe.data[name]] for name in names}
-    return {"collect": section.model_dump(mode="json"), "data": sets}
+    return {"collect": wanted_statistics(recipe).model_dump(mode="json"), "data": sets}
+
+
+def wanted_statistics(recipe: Recipe) -> Collect:
+    """The collect section with what the recipe's strategies need switched on."""
+    chosen = (
+        ("selection", recipe.select.strategy, recipe.select.parameters),
+        ("merge", recipe.convert.merge, recipe.convert.parameters),
+    )
+    needs = frozenset().union(*(choose_strategy(*choice)[0].needs for choice in chosen))
+    expert_norms = recipe.collect.expert_norms or bool(needs & NEED_EXPERT_NORMS)
+    return recipe.collect.model_copy(update={"expert_norms": expert_norms})
 
 
 def _run(context: StageContext) -> Metrics:
     return collect(
         context.checkpoint,
         context.recipe.data,
-        context.recipe.collect,
+        wanted_statistics(context.recipe),
         context.out,
         device=context.device,
         dtype=compute_dtype(context.recipe.model.dtype, context.device),
@@ -231,4 +236,4 @@ def _run(context: StageContext) -> Metrics:
     )
 
 
-STAGE = Stage(name="collect", version=1, inputs=(), settings=_settings, run=_run)
+STAGE = Stage(name="collect", version=3, inputs=(), settings=_settings, run=_run, resumes=True)

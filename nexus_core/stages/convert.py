@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,35 @@ import numpy as np
 import torch
 
 from nexus_core.checkpoint.links import CONFIG_NAME, TOKENIZER_NAMES, copy_companions, link_shards
-from nexus_core.checkpoint.reader import TensorEntry, read_header, read_tensor
+from nexus_core.checkpoint.reader import read_header
 from nexus_core.checkpoint.source import Checkpoint
 from nexus_core.checkpoint.writer import ShardWriter, TensorPlan, shard_writer, write_index, write_json
 from nexus_core.errors import CheckpointError, UsageError
-from nexus_core.merge import Effect, apply_start, expert_output, measure_effect, start_factor
+from nexus_core.merge import (
+    Effect,
+    LayerExperts,
+    apply_start,
+    check_merged,
+    expert_output,
+    measure_effect,
+    start_factor,
+)
 from nexus_core.progress import Progress
 from nexus_core.recipe.schema import Convert, Recipe
-from nexus_core.select.selection import FILE_NAME, LayerSelection, Selection, check_selection, read_selection
+from nexus_core.report.conversion import output_change
+from nexus_core.select.selection import FILE_NAME as SELECTION_NAME
+from nexus_core.select.selection import LayerSelection, Selection, check_selection, read_selection
+from nexus_core.stages.merge_sources import check_needs, open_sources, request
 from nexus_core.stages.stage import Metrics, Stage, StageContext
 from nexus_core.stages.strategies import choose_strategy
+from nexus_core.statistics.kept_inputs import FILE_NAME as MOE_INPUTS_NAME
+from nexus_core.statistics.saliency import FILE_NAME as SALIENCY_NAME
+from nexus_core.statistics.saliency import NEED
 from nexus_core.types import ExpertWeights, MoeDescription
 
 SHARED_EXPERTS_NAME = "nexus_shared_experts.safetensors"
-MOE_INPUTS_NAME = "moe_inputs.safetensors"
 REPORT_NAME = "convert_report.json"
+PICTURE_NAME = "output_change.png"
 
 
 def convert(
@@ -37,18 +51,23 @@ def convert(
     out: Path,
     *,
     moe_inputs: Path | None = None,
-    selection_file: str = FILE_NAME,
+    neuron_saliency: Path | None = None,
+    learn: Sequence[str] | None = None,
+    keep: Sequence[str] | None = None,
+    selection_file: str = SELECTION_NAME,
 ) -> Metrics:
-    """Write a checkpoint whose every MoE layer has a shared expert merged from the selected experts.
+    """Write a checkpoint whose every MoE layer has a shared expert merged from the layer's own experts.
 
-    Memory is that of a few experts, however many layers there are: experts are read one at a time, and a layer is on
+    Memory is that of a few experts, however many layers there are: experts are read a part at a time, and a layer is on
     the disk before the next begins. The base's shards are linked, not rewritten. Everything that can be known to be
     wrong is found before anything is written.
 
-    out: an empty folder; it becomes a model folder with a `convert_report.json`. moe_inputs: what collect kept of the
-    layers' inputs and outputs; without it the report does not tell what the start does to them. selection_file: where
-    the selection came from, for errors. Raises CheckpointError if the base is incomplete or already converted,
-    SelectionError if the selection is another model's.
+    out: an empty folder; it becomes a model folder with a `convert_report.json` and a picture of it. moe_inputs: what
+    collect kept of the layers' inputs and outputs; without it the report does not tell what the start does to them.
+    neuron_saliency: what collect gathered of the neurons, for strategies that need it. learn, keep: names of the data
+    sets that are to be learnt and kept; left out, the only set that there is, and all others. selection_file: where the
+    selection came from, for errors. Raises CheckpointError if the base is incomplete or already converted,
+    SelectionError if the selection is another model's, UsageError if the merge cannot be made of what there is.
     """
     moe = checkpoint.description
     if moe.shared_expert_width:
@@ -59,15 +78,24 @@ def convert(
     strategy, parameters = choose_strategy("merge", settings.merge, settings.parameters)
     check_selection(selection, moe.layers, moe.experts, selection_file, checkpoint.name)
     check_experts(checkpoint)
-    kept_inputs = read_header(moe_inputs) if moe_inputs else {}
     width = settings.width or moe.expert_width
     plan = _plan(checkpoint, width)
+    dtype = next(iter(plan.values())).dtype
+    # Saliency that the strategy does not read need not be whole, nor tell which sets are which.
+    needs_saliency = NEED in strategy.needs
+    sources = open_sources(checkpoint, dtype, moe_inputs, neuron_saliency if needs_saliency else None, learn, keep)
+    check_needs(strategy, sources)
+    chosen = min(len(layer.experts) for layer in selection.layers)
+    refusal = strategy.refuses and strategy.refuses(request(strategy, width, chosen, sources), parameters)
+    if refusal:
+        raise UsageError(f"{refusal.key} {refusal.message}")
 
     def build(layer: LayerSelection) -> Effect | None:
         # A function, so that a layer's expert is gone before the next one is built.
-        read, generator = _ExpertReader(checkpoint, layer.layer), _generator(settings.seed, layer.layer)
-        merged = strategy.function(read, layer, width, parameters, generator)
-        effect = _effect(checkpoint, merged, kept_inputs, layer.layer) if kept_inputs else None
+        experts = sources.layer(layer.layer)
+        merged = strategy.function(experts, layer, width, parameters, _generator(settings.seed, layer.layer))
+        check_merged(merged, strategy.name, width, moe.hidden_size)
+        effect = _effect(experts, merged, sources.outputs(layer.layer))
         _write(shard, checkpoint, layer.layer, apply_start(merged, factor))
         return effect
 
@@ -95,21 +123,25 @@ def convert(
         "bytes_after": bytes_after,
         "base_shards": link,
         "copied": copied,
-        "left_out": _left_out(bool(kept_inputs), copied),
+        "left_out": _left_out(bool(sources.kept), copied),
         "layers": [_layer_report(layer, effects[layer.layer], factor) for layer in selection.layers],
     }
+    if sources.saliency:
+        report["data"] = {"learnt": list(sources.learnt), "kept": list(sources.kept_sets)}
     write_json(out / REPORT_NAME, report)
+    measured = {layer: effect for layer, effect in effects.items() if effect}
+    if measured:
+        output_change(measured, settings.merge, factor).savefig(out / PICTURE_NAME)
     metrics: Metrics = {
         "trainable_parameters": trainable,
         "bytes_before": bytes_after - shared_bytes,
         "bytes_after": bytes_after,
     }
-    measured = [effect for effect in effects.values() if effect]
     if measured:
-        full = float(np.mean([effect.relative_change for effect in measured]))
+        full = float(np.mean([effect.relative_change for effect in measured.values()]))
         metrics["relative_output_change"] = abs(factor) * full
         metrics["relative_output_change_at_full_start"] = full
-        metrics["cosine_to_routed_output"] = float(np.mean([effect.cosine for effect in measured]))
+        metrics["cosine_to_routed_output"] = float(np.mean([effect.cosine for effect in measured.values()]))
     return metrics
 
 
@@ -129,20 +161,6 @@ def check_experts(checkpoint: Checkpoint) -> None:
                     f"{checkpoint.folder}: tensor '{part.name}' {list(shape)} has no part for {whose}, which "
                     "config.json says there is; copy or download the checkpoint again"
                 )
-
-
-@dataclass
-class _ExpertReader:
-    """What a merge strategy calls to get an expert, in the checkpoint's own type: MXFP4 and bfloat16 both fit it."""
-
-    checkpoint: Checkpoint
-    layer: int
-
-    def __call__(self, expert: int) -> ExpertWeights:
-        source = self.checkpoint
-        return source.family.hook.nexus_read_expert(
-            reader=source.reader, config=source.config, layer=self.layer, expert=expert, dtype=source.dtype
-        )
 
 
 def _plan(checkpoint: Checkpoint, width: int) -> dict[str, TensorPlan]:
@@ -180,24 +198,11 @@ def _generator(seed: int, layer: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, layer]).generate_state(1)[0]))
 
 
-def _effect(checkpoint: Checkpoint, merged: ExpertWeights, kept: Mapping[str, TensorEntry], layer: int) -> Effect:
+def _effect(experts: LayerExperts, merged: ExpertWeights, outputs_ND: torch.Tensor | None) -> Effect | None:
     """What the merged expert, at full start, would add to its layer's output on the kept inputs."""
-    names = [f"layers.{layer}.{part}" for part in ("inputs", "outputs")]
-    hidden_size = checkpoint.description.hidden_size
-    for name in names:
-        if name not in kept or kept[name].shape[1:] != (hidden_size,):
-            found = f"of shape {list(kept[name].shape)}" if name in kept else "missing"
-            file = next(iter(kept.values())).shard
-            raise UsageError(
-                f"{file}: '{name}' is {found}, but layer {layer} of '{checkpoint.name}' takes inputs of {hidden_size} "
-                "numbers; give the statistics of this model"
-            )
-    inputs_ND, outputs_ND = (read_tensor(kept[name]).float() for name in names)
-
-    def activations(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return checkpoint.family.hook.nexus_neuron_activations(config=checkpoint.config, gate=gate, up=up)
-
-    return measure_effect(expert_output(merged, inputs_ND, activations), outputs_ND)
+    if experts.inputs_ND is None or outputs_ND is None:
+        return None
+    return measure_effect(expert_output(merged, experts.inputs_ND, experts.activations), outputs_ND)
 
 
 def _layer_report(layer: LayerSelection, effect: Effect | None, factor: float) -> dict[str, Any]:
@@ -222,21 +227,37 @@ def _left_out(has_inputs: bool, copied: list[str]) -> list[str]:
     return left_out
 
 
+def _sets(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Names of the data sets that statistics are collected over: those to be learnt, and those to be kept."""
+    collected = recipe.collect.data or recipe.data
+    learnt, kept = ([name for name in names if name in collected] for names in (recipe.learnt_sets, recipe.kept_sets))
+    return learnt, kept
+
+
 def _settings(recipe: Recipe) -> dict[str, object]:
-    return recipe.convert.model_dump(mode="json")
+    section = recipe.convert
+    settings: dict[str, object] = section.model_dump(mode="json")
+    strategy, _ = choose_strategy("merge", section.merge, section.parameters)
+    if NEED in strategy.needs:
+        settings["learn"], settings["keep"] = _sets(recipe)
+    return settings
 
 
 def _run(context: StageContext) -> Metrics:
-    selection_file = context.inputs["select"] / FILE_NAME
-    kept_inputs = context.inputs["collect"] / MOE_INPUTS_NAME
+    selection_file = context.inputs["select"] / SELECTION_NAME
+    found = {name: context.inputs["collect"] / name for name in (MOE_INPUTS_NAME, SALIENCY_NAME)}
+    learn, keep = _sets(context.recipe)
     return convert(
         context.checkpoint,
         read_selection(selection_file),
         context.recipe.convert,
         context.out,
-        moe_inputs=kept_inputs if kept_inputs.is_file() else None,
+        moe_inputs=found[MOE_INPUTS_NAME] if found[MOE_INPUTS_NAME].is_file() else None,
+        neuron_saliency=found[SALIENCY_NAME] if found[SALIENCY_NAME].is_file() else None,
+        learn=learn,
+        keep=keep,
         selection_file=str(selection_file),
     )
 
 
-STAGE = Stage(name="convert", version=1, inputs=("select", "collect"), settings=_settings, run=_run)
+STAGE = Stage(name="convert", version=2, inputs=("select", "collect"), settings=_settings, run=_run)

@@ -37,7 +37,8 @@ class Stage:
     version: raised whenever the stage's code changes what it writes, so that older outputs are not reused. inputs:
     names of the stages it reads. settings: the part of the recipe that its output depends on, as plain data; together
     with version, inputs' keys and the model's fingerprint it makes the key. run: fills `context.out` and returns the
-    stage's final numbers. resumes: whether `run` can go on from a partial folder.
+    stage's final numbers. resumes: whether `run` can go on from a partial folder. wanted: whether a recipe has this
+    stage at all; later stages get it as an input only then.
     """
 
     name: str
@@ -46,3 +47,4 @@ class Stage:
     settings: Callable[[Recipe], Mapping[str, Any]]
     run: Callable[[StageContext], Metrics]
     resumes: bool = False
+    wanted: Callable[[Recipe], bool] = lambda recipe: True

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
-from nexus_core.data.documents import documents
 from nexus_core.data.mixture import TrainingBatches
-from nexus_core.data.packing import pack
-from nexus_core.data.tokenizers import end_token_id, load_tokenizer
-from nexus_core.errors import CheckpointError
+from nexus_core.data.packing import PackedSequences
+from nexus_core.distill.signals import TEACHER_ROUTER_LOGITS
+from nexus_core.errors import CheckpointError, UsageError
 from nexus_core.models import compute_dtype, load
 from nexus_core.recipe.schema import Recipe, Source, Train
 from nexus_core.report.curves import training_curves
 from nexus_core.report.schedule import schedule_picture
 from nexus_core.routing import ROUTER_DELTA
+from nexus_core.stages.capture import identity_of, teacher_checkpoint, vocabulary_digest
 from nexus_core.stages.stage import Metrics, Stage, StageContext
 from nexus_core.stages.strategies import choose_strategy
-from nexus_core.train.journal import Row, mean_of_last
-from nexus_core.train.loop import fit
+from nexus_core.stages.training_text import held_out_sequences, shares_of, training_sequences
+from nexus_core.train.evaluation import HELD_OUT, HeldOut
+from nexus_core.train.journal import Journal, Row, mean_of_last
+from nexus_core.train.loop import JOURNAL_NAME, Trained, fit
 from nexus_core.train.schedule import Schedule
 from nexus_core.train.setup import Loss, Objective
+from nexus_core.train.start import start_from, start_shard
+from nexus_core.train.stored_teacher import OfflineTeacher
+from nexus_core.train.teacher_store import TeacherStore
 from nexus_core.train.trained_model import changed_keys, write_trained_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MODEL_NAME = "model"
 CURVES_NAME = "curves.png"
 SCHEDULE_NAME = "schedule.png"
+
+# The curves are drawn while a run goes on, but no more often than this.
+SECONDS_BETWEEN_PICTURES = 60.0
 
 # How training is watched and saved; the numbers that come out do not depend on it.
 NOT_IN_THE_KEY = frozenset({"checkpoint_every", "keep_checkpoints"})
@@ -40,6 +52,7 @@ def train(
     learnt: Sequence[str],
     out: Path,
     *,
+    teacher: Path | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     report: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
@@ -47,9 +60,10 @@ def train(
     """Train a converted checkpoint and write model/, metrics.jsonl, checkpoints/ and pictures into `out`.
 
     sets: the sources of every data set to train on, by name; their shares are those of `settings.data`, equal if it
-    is None. learnt: names of the sets to learn from; the others are kept. dtype: as `model.dtype` of a recipe. out:
-    empty, or left by an interrupted call with the same arguments, which then goes on from its newest checkpoint.
-    Raises CheckpointError if the checkpoint has no shared expert, DataError if a set has no text to train on,
+    is None. learnt: names of the sets to learn from; the others are kept. out: empty, or left by an interrupted call
+    with the same arguments, which then goes on from its newest checkpoint. teacher: the folder that capture filled, if
+    `settings.teacher` is offline. dtype: as `model.dtype` of a recipe. Raises CheckpointError if the checkpoint has no
+    shared expert, DataError if a set has no text to train on, UsageError if the stored teacher is another run's,
     TrainingError if training diverges.
     """
     if not checkpoint.description.shared_expert_width:
@@ -58,71 +72,120 @@ def train(
             "give it some with nexus convert"
         )
     objective = training_objective(settings)
-    batches = training_batches(checkpoint.folder, sets, settings)
+    sequences = training_sequences(checkpoint.folder, sets, settings)
+    batches = TrainingBatches(sequences, shares_of(sets, settings), settings.batch_size, settings.seed)
+    source = None
+    if settings.teacher.kind == "offline":
+        source = OfflineTeacher(
+            _stored_teacher(teacher, checkpoint, sequences, settings, objective, learnt), learnt, device
+        )
+    held_out = None
+    if settings.evaluate.every is not None:
+        held_out = HeldOut(
+            held_out_sequences(checkpoint.folder, sets, settings),
+            settings.batch_size,
+            learnt,
+            settings.loss_weights.get("logits_kl") or 1.0,
+        )
     model = load(checkpoint, dtype=compute_dtype(dtype, device), device=device)
-    _draw_schedule(settings, routing_learns=ROUTER_DELTA in objective.routing.needs, path=out / SCHEDULE_NAME)
     config_before = model.config.to_dict()
-    trained = fit(model, checkpoint.family, batches, settings, objective, learnt, out, report)
-    trainables = checkpoint.family.hook.nexus_trainable_parameters(model=model)
-    write_trained_model(checkpoint, out / MODEL_NAME, trainables, changed_keys(config_before, model.config.to_dict()))
-    rows = trained.journal.rows()
+    if settings.start_from is not None:
+        start_from(model, checkpoint.family, start_shard(settings.start_from))
+    schedule_figure(settings).savefig(out / SCHEDULE_NAME)
     kept = [name for name in sets if name not in learnt]
     title = f"Training: {', '.join(learnt)} learnt" + (f", {', '.join(kept)} kept" if kept else "")
-    training_curves(rows, title).savefig(out / CURVES_NAME)
-    return _metrics(rows, settings, sum(parameter.numel() for parameter in trained.parameters.values()))
+    pictures = _Pictures(out, title, list(settings.losses))
+
+    def tell(step: int, values: Mapping[str, float]) -> None:
+        report(step, values)
+        pictures.draw_now_and_then()
+
+    trained = fit(
+        model, checkpoint.family, batches, settings, objective, learnt, out, tell, teacher=source, held_out=held_out
+    )
+    trainables = checkpoint.family.hook.nexus_trainable_parameters(model=model)
+    write_trained_model(checkpoint, out / MODEL_NAME, trainables, changed_keys(config_before, model.config.to_dict()))
+    pictures.draw()
+    return _metrics(trained, settings)
 
 
 def training_objective(settings: Train) -> Objective:
     """The losses and the routing strategy that the settings name. Raises UsageError for an unknown one."""
     losses = []
-    for name, weight in settings.losses.items():
-        strategy, parameters = choose_strategy("losses", name, {})
+    for name, weight in settings.loss_weights.items():
+        strategy, parameters = choose_strategy("losses", name, settings.loss_parameters[name])
         if weight > 0:
             losses.append(Loss(strategy, weight, parameters))
     routing, routing_parameters = choose_strategy("routing", settings.routing.strategy, settings.routing.parameters)
     return Objective(tuple(losses), routing, routing_parameters)
 
 
-def training_batches(tokenizer_folder: Path, sets: Mapping[str, Sequence[Source]], settings: Train) -> TrainingBatches:
-    """The run's micro-batches: no more of each set is read than the run will draw."""
-    tokenizer = load_tokenizer(tokenizer_folder)
-    end_token = end_token_id(tokenizer)
-    shares = {name: settings.data[name] if settings.data else 1.0 for name in sets}
-    rows = settings.max_steps * settings.gradient_accumulation * settings.batch_size
-    packed = {}
-    for name, sources in sets.items():
-        own_rows = math.ceil(rows * shares[name] / sum(shares.values())) + 1
-        found = documents(
-            sources,
-            "train",
-            tokenizer,
-            limit_tokens=own_rows * settings.sequence_length,
-            seed=settings.seed,
-            repeat=True,
-        )
-        packed[name] = pack(found, settings.sequence_length, end_token=end_token)
-    return TrainingBatches(packed, shares, settings.batch_size, settings.seed)
-
-
-def _draw_schedule(settings: Train, *, routing_learns: bool, path: Path) -> None:
-    """Before the first step, because a long run is best stopped before it starts."""
+def schedule_figure(settings: Train) -> Figure:
+    """Learning rate, temperature and the router's end of learning over the steps: before the first of them, because a
+    long run is best stopped before it starts.
+    """
     schedule = Schedule.of(settings)
     steps = [schedule.at(step) for step in range(1, settings.max_steps + 1)]
-    last = sum(step.router_learns for step in steps)
-    picture = schedule_picture(
+    last = schedule.last_bias_step
+    learns = ROUTER_DELTA in training_objective(settings).routing.needs and 0 < last < settings.max_steps
+    return schedule_picture(
         [step.learning_rate for step in steps],
         [step.temperature for step in steps],
-        last if routing_learns and 0 < last < settings.max_steps else None,
+        last if learns else None,
+        "router biases stop learning" if settings.schedule.after_freeze == "weights" else "router stops learning",
     )
-    picture.savefig(path)
 
 
-def _metrics(rows: list[Row], settings: Train, trainable_parameters: int) -> Metrics:
+def _stored_teacher(
+    folder: Path | None,
+    checkpoint: Checkpoint,
+    sequences: Mapping[str, PackedSequences],
+    settings: Train,
+    objective: Objective,
+    learnt: Sequence[str],
+) -> TeacherStore:
+    """The store in `folder`. Raises UsageError if it is not of this run's teacher, tokenizer and text."""
+    if folder is None:
+        raise UsageError(
+            "train.teacher.kind is offline, but no stored teacher was given; make one with nexus capture, and name it "
+            "with --teacher"
+        )
+    store = TeacherStore(folder)
+    model = identity_of(teacher_checkpoint(checkpoint, settings))
+    needs_routers = TEACHER_ROUTER_LOGITS in objective.needs
+    tokenizer = vocabulary_digest(checkpoint.folder)
+    store.refuse_unless_of(sequences, frozenset(learnt), model, tokenizer, needs_routers)
+    return store
+
+
+class _Pictures:
+    """curves.png in `folder`, drawn from its journal."""
+
+    def __init__(self, folder: Path, title: str, losses: Sequence[str]):
+        self.folder, self.title, self.losses = folder, title, losses
+        self.journal = Journal(folder / JOURNAL_NAME)
+        self._drawn = time.monotonic()
+
+    def draw(self) -> None:
+        picture = training_curves(self.journal.rows(), self.title, self.losses)
+        partial = self.folder / f".{CURVES_NAME}"
+        picture.savefig(partial, format="png")
+        partial.replace(self.folder / CURVES_NAME)
+        self._drawn = time.monotonic()
+
+    def draw_now_and_then(self) -> None:
+        if time.monotonic() - self._drawn > SECONDS_BETWEEN_PICTURES:
+            self.draw()
+
+
+def _metrics(trained: Trained, settings: Train) -> Metrics:
     """Final numbers are means over the last tenth of the steps: single steps differ by their data."""
-    metrics: Metrics = {"steps": settings.max_steps, "trainable_parameters": trainable_parameters}
-    metrics["tokens"] = (
-        settings.max_steps * settings.gradient_accumulation * settings.batch_size * settings.sequence_length
-    )
+    rows = trained.journal.rows()
+    metrics: Metrics = {
+        "steps": trained.steps,
+        "trainable_parameters": sum(parameter.numel() for parameter in trained.parameters.values()),
+    }
+    metrics["tokens"] = trained.steps * settings.gradient_accumulation * settings.batch_size * settings.sequence_length
     watched = ("loss", *settings.losses, "router_l1", "router_entropy", "gradient_norm", "tokens_per_second")
     for name in watched:
         value = mean_of_last(rows, name)
@@ -130,17 +193,35 @@ def _metrics(rows: list[Row], settings: Train, trainable_parameters: int) -> Met
             metrics[name] = value
     for row in rows[:1]:
         metrics |= {f"{name}_before": row[name] for name in ("loss", "lm") if name in row}
+    skipped = sum("skipped" in row for row in rows)
+    if skipped:
+        metrics["skipped_steps"] = skipped
+    chosen = [row for row in rows if row["step"] == trained.chosen_step]
+    if settings.evaluate.every is not None:
+        metrics["chosen_step"] = trained.chosen_step
+        metrics |= _held_out(chosen)
     return metrics
 
 
+def _held_out(rows: list[Row]) -> Metrics:
+    """Held-out nats per token of the chosen state."""
+    return {name: value for row in rows for name, value in row.items() if name.startswith(HELD_OUT)}
+
+
 def _settings(recipe: Recipe) -> dict[str, object]:
-    section = recipe.train.model_dump(mode="json", exclude=set(NOT_IN_THE_KEY))
+    # What of the teacher matters is in the key of what capture stored.
+    excluded = {*NOT_IN_THE_KEY, "teacher", "start_from"}
+    section = recipe.train.model_dump(mode="json", exclude=excluded)
     names = recipe.train.data or recipe.data
-    return section | {
+    settings = section | {
+        "teacher": recipe.train.teacher.kind,
         "learn": list(recipe.learnt_sets),
         "sources": {name: [source.model_dump(mode="json") for source in recipe.data[name]] for name in names},
         "dtype": recipe.model.dtype,
     }
+    if recipe.train.start_from is not None:
+        settings["start_from"] = {"path": str(start_shard(recipe.train.start_from))}
+    return settings
 
 
 def _run(context: StageContext) -> Metrics:
@@ -151,10 +232,11 @@ def _run(context: StageContext) -> Metrics:
         recipe.train,
         recipe.learnt_sets,
         context.out,
+        teacher=context.inputs.get("capture"),
         dtype=recipe.model.dtype,
         device=context.device,
         report=context.report,
     )
 
 
-STAGE = Stage(name="train", version=1, inputs=("convert",), settings=_settings, run=_run, resumes=True)
+STAGE = Stage(name="train", version=2, inputs=("convert", "capture"), settings=_settings, run=_run, resumes=True)

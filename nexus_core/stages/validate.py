@@ -17,6 +17,7 @@ from nexus_core.additions import additions, as_teacher
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.checkpoint.writer import write_json
 from nexus_core.data.documents import Part, documents
+from nexus_core.data.isolation import isolates_documents, position_arguments
 from nexus_core.data.packing import PackedSequences, pack
 from nexus_core.data.tokenizers import end_token_id, load_tokenizer
 from nexus_core.measure.perplexity import Perplexity, perplexity
@@ -92,16 +93,20 @@ def measure_change(
     base, student = Perplexity(), Perplexity()
     has_additions = bool(additions(model))
     device = next(model.parameters()).device
+    isolates = isolates_documents(model)
     positions_S = torch.arange(packed.input_ids.shape[1])
     for start in range(0, len(packed), batch_size):
         rows = slice(start, start + batch_size)
         input_ids_BS, targets_BS = packed.input_ids[rows].to(device), packed.targets[rows].to(device)
+        documents_apart = position_arguments(isolates, packed.positions[rows].to(device))
         is_text = (positions_S < packed.lengths[rows, None]).flatten().to(device)
         with as_teacher(model):
-            base_part = perplexity(model(input_ids=input_ids_BS, use_cache=False).logits, targets_BS)
+            logits_BSV = model(input_ids=input_ids_BS, use_cache=False, **documents_apart).logits
+            base_part = perplexity(logits_BSV, targets_BS)
         base_routers = _router_logits(listener, is_text)
         if has_additions:
-            student_part = perplexity(model(input_ids=input_ids_BS, use_cache=False).logits, targets_BS)
+            logits_BSV = model(input_ids=input_ids_BS, use_cache=False, **documents_apart).logits
+            student_part = perplexity(logits_BSV, targets_BS)
             router.update(_router_logits(listener, is_text), base_routers)
         else:
             student_part = base_part
@@ -196,4 +201,4 @@ def _run(context: StageContext) -> Metrics:
     )
 
 
-STAGE = Stage(name="validate", version=1, inputs=("train",), settings=_settings, run=_run)
+STAGE = Stage(name="validate", version=2, inputs=("train",), settings=_settings, run=_run)

@@ -33,7 +33,8 @@ class RouterStatistics:
     layers: indices of the layers, in the order of the first dimension. tokens: how many each layer has seen, (L,).
     probability_sum (L, E) and second_moment_sum (L, E, E): of the softmax over all experts. topk_count (L, E): tokens
     routed to each expert. gate_mass (L, E): gate weights each received. coselection (L, E, E): tokens routed to both,
-    on the diagonal topk_count. entropy_sum (L,): of the softmax, in nats.
+    on the diagonal topk_count. entropy_sum (L,): of the softmax, in nats. output_norm_sum (L, E): of gate weight x norm
+    of the expert's output over the tokens routed to it; None where it was not gathered.
     """
 
     layers: tuple[int, ...]
@@ -44,10 +45,22 @@ class RouterStatistics:
     gate_mass: torch.Tensor
     coselection: torch.Tensor
     entropy_sum: torch.Tensor
+    output_norm_sum: torch.Tensor | None = None
 
     @classmethod
-    def zeros(cls, layers: Sequence[int], experts: int, device: str | torch.device = "cpu") -> RouterStatistics:
-        """Statistics of no tokens yet. device: where the routers' outputs will be, so that nothing is moved."""
+    def zeros(
+        cls,
+        layers: Sequence[int],
+        experts: int,
+        device: str | torch.device = "cpu",
+        *,
+        expert_norms: bool = False,
+    ) -> RouterStatistics:
+        """Statistics of no tokens yet.
+
+        device: where the routers' outputs will be, so that nothing is moved. expert_norms: with output_norm_sum, which
+        is not `update`'s to add to.
+        """
         count = len(layers)
 
         def sums(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -62,6 +75,7 @@ class RouterStatistics:
             sums(count, experts),
             sums(count, experts, experts, dtype=torch.int64),
             sums(count),
+            sums(count, experts) if expert_norms else None,
         )
 
     @property
@@ -115,13 +129,26 @@ class RouterStatistics:
                 f"statistics of layers {self.layers} with {self.experts} experts and of layers {other.layers} with "
                 f"{other.experts} cannot be merged"
             )
-        return RouterStatistics(
-            self.layers, *(getattr(self, name) + getattr(other, name).to(getattr(self, name).device) for name in _SUMS)
-        )
+        if (self.output_norm_sum is None) != (other.output_norm_sum is None):
+            raise ShapeError("statistics with and without expert norms cannot be merged")
+        ours, theirs = self._sums(), other.to(self.probability_sum.device)._sums()
+        return RouterStatistics(self.layers, **{name: ours[name] + theirs[name] for name in ours})
+
+    def _sums(self) -> dict[str, torch.Tensor]:
+        return {name: value for name in _SUMS if (value := getattr(self, name)) is not None}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every sum on the CPU, to go on after an interruption."""
+        return {name: value.cpu() for name, value in self._sums().items()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on after `state`."""
+        for name, value in self._sums().items():
+            value.copy_(state[name])
 
     def to(self, device: str | torch.device) -> RouterStatistics:
         """The same statistics with all sums on `device`."""
-        return RouterStatistics(self.layers, *(getattr(self, name).to(device) for name in _SUMS))
+        return RouterStatistics(self.layers, **{name: value.to(device) for name, value in self._sums().items()})
 
     def mean(self) -> torch.Tensor:
         """Mean probability of every expert, (L, E) float64."""
@@ -151,7 +178,7 @@ class RouterStatistics:
         from safetensors.torch import save
 
         rows, columns = torch.triu_indices(self.experts, self.experts)
-        tensors = {name: getattr(self, name).cpu() for name in _SUMS}
+        tensors = {name: value.cpu() for name, value in self._sums().items()}
         for name in _SYMMETRIC:
             tensors[name] = tensors[name][:, rows, columns]
         tensors["layers"] = torch.tensor(self.layers)
@@ -181,7 +208,7 @@ class RouterStatistics:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{file}: is not a whole safetensors file ({error}); run `nexus collect` again") from error
-        missing = {"layers", *_SUMS} - set(tensors)
+        missing = {"layers", *_SUMS} - {_OPTIONAL} - set(tensors)
         layout = known.pop("layout", None)
         if missing or layout != LAYOUT:
             raise UsageError(
@@ -197,10 +224,11 @@ class RouterStatistics:
             square[:, columns, rows] = triangle
             tensors[name] = square
         layers = tuple(tensors["layers"].tolist())
-        return cls(layers, *(tensors[name] for name in _SUMS)), known
+        return cls(layers, **{name: tensors[name] for name in _SUMS if name in tensors}), known
 
 
 _SUMS = tuple(field.name for field in fields(RouterStatistics) if field.name != "layers")
+_OPTIONAL = "output_norm_sum"
 _SYMMETRIC = ("second_moment_sum", "coselection")
 
 

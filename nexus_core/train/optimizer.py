@@ -7,8 +7,9 @@ that is float32 already is its own master.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,17 +17,19 @@ from torch.utils.hooks import RemovableHandle
 
 from nexus_core.errors import TrainingError
 
+# What AdamW keeps of every parameter; a checkpoint may hold others' tensors beside these.
+_ADAM_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
+
+Part = Literal["shared_experts", "router_weights", "router_biases"]
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters by name that share a learning rate: the step's, times `lr_multiplier`.
-
-    is_router: they stop learning when the schedule fixes the router.
-    """
+    """Parameters by name that share a learning rate, the step's times `lr_multiplier`, and stop learning together."""
 
     parameters: Mapping[str, nn.Parameter]
     lr_multiplier: float = 1.0
-    is_router: bool = False
+    part: Part = "shared_experts"
 
 
 class Optimizer:
@@ -52,7 +55,7 @@ class Optimizer:
                             "params": [self._masters[name] for name in members],
                             "weight_decay": weight_decay if has_decay else 0.0,
                             "lr_multiplier": group.lr_multiplier,
-                            "is_router": group.is_router,
+                            "part": group.part,
                         }
                     )
         # fused: one pass over memory, and no temporaries the size of all parameters
@@ -73,14 +76,25 @@ class Optimizer:
         self._hooks.append(parameter.register_post_accumulate_grad_hook(take_gradient))
         return master
 
-    def step(self, learning_rate: float, *, max_gradient_norm: float, router_learns: bool) -> float:
+    def learning_rates(self, learning_rate: float, *, fixed: Collection[Part] = ()) -> dict[Part, float]:
+        """Of each part in a step with this rate; 0 for parts that no longer learn."""
+        return {
+            group["part"]: 0.0 if group["part"] in fixed else learning_rate * group["lr_multiplier"]
+            for group in self._adam.param_groups
+        }
+
+    def forget_gradients(self) -> None:
+        """Drop what the backward passes since the last step have summed."""
+        self._adam.zero_grad()
+
+    def step(self, learning_rate: float, *, max_gradient_norm: float, fixed: Collection[Part] = ()) -> float:
         """Clip, move every parameter, forget the gradients; returns the gradient's norm before clipping.
 
-        Raises TrainingError, with nothing moved, if the norm is not finite.
+        fixed: parts that no longer learn. Raises TrainingError, with nothing moved, if the norm is not finite.
         """
         for group in self._adam.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
-            if group["is_router"] and not router_learns:
+            if group["part"] in fixed:
                 # without a gradient AdamW passes them over: no decay, no momentum
                 for master in group["params"]:
                     master.grad = None
@@ -98,6 +112,14 @@ class Optimizer:
             for name, parameter in self._rounded.items():
                 parameter.copy_(self._masters[name])
 
+    def masters(self) -> dict[str, torch.Tensor]:
+        """The float32 numbers by parameter name; after changing them in place, call `masters_changed`."""
+        return dict(self._masters)
+
+    def masters_changed(self) -> None:
+        """Let the model's parameters follow their masters."""
+        self._round()
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Masters and AdamW's state, as `master/NAME`, `step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
         tensors = {f"master/{name}": self._masters[name] for name in self._rounded}
@@ -114,7 +136,7 @@ class Optimizer:
         self._round()
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
-            if kind != "master":
+            if kind in _ADAM_STATE:
                 master = self._masters[name]
                 self._adam.state[master][kind] = tensor.to(master.device, copy=True)
 

@@ -9,6 +9,7 @@ from typing import Literal
 from nexus_core.recipe import schema
 
 Kind = Literal["deepseek_v3", "cosine", "constant"]
+AfterFreeze = Literal["nothing", "weights"]
 
 
 @dataclass(frozen=True)
@@ -16,14 +17,16 @@ class StepSettings:
     """What one optimizer step goes by.
 
     learning_rate: of shared experts and router weights; router biases get bias_lr_multiplier times as much. kl_scale:
-    multiplies the weights of the losses that compare with the teacher. router_learns: False once the router is fixed.
+    multiplies the weights of the losses that compare with the teacher. router_weights_learn, router_biases_learn: False
+    once they are fixed; rules on the selection bias go with the biases.
     """
 
     learning_rate: float
     temperature: float
     kl_scale: float
     bias_lr_multiplier: float
-    router_learns: bool
+    router_weights_learn: bool
+    router_biases_learn: bool
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Schedule:
     Shapes of the learning rate: `deepseek_v3` rises linearly, stays, and falls as a cosine to its final ratio, which
     step `steps` has (source: DeepSeek-V3, arXiv 2412.19437, section 4.2); `cosine` is the same without the stay;
     `constant` is the full rate throughout. The temperature falls linearly from step anneal_start * steps to the last,
-    whatever the shape. The router learns up to and including step bias_freeze_ratio * steps.
+    whatever the shape. The router learns up to and including step bias_freeze_ratio * steps; with after_freeze
+    `weights` its weights learn on and only its biases are fixed then.
     """
 
     kind: Kind
@@ -47,6 +51,7 @@ class Schedule:
     kl_warmup: bool = False
     bias_lr_multiplier: float = 0.001
     bias_freeze_ratio: float = 0.5
+    after_freeze: AfterFreeze = "nothing"
 
     @classmethod
     def of(cls, train: schema.Train) -> Schedule:
@@ -66,14 +71,21 @@ class Schedule:
         stable = round(self.stable_ratio * self.steps) if self.kind == "deepseek_v3" else 0
         return min(self.warmup_steps + stable, self.steps)
 
+    @property
+    def last_bias_step(self) -> int:
+        """The last step in which router biases learn, 0 for none."""
+        return round(self.bias_freeze_ratio * self.steps)
+
     def at(self, step: int) -> StepSettings:
         """The settings of a step, counted from 1; the first step already learns."""
+        is_before_freeze = step <= self.last_bias_step
         return StepSettings(
             learning_rate=self.learning_rate * self._rate(step),
             temperature=self._temperature(step),
             kl_scale=min(1.0, step / max(self.warmup_steps, 1)) if self.kl_warmup else 1.0,
             bias_lr_multiplier=self.bias_lr_multiplier,
-            router_learns=step <= round(self.bias_freeze_ratio * self.steps),
+            router_weights_learn=is_before_freeze or self.after_freeze == "weights",
+            router_biases_learn=is_before_freeze,
         )
 
     def _rate(self, step: int) -> float:

@@ -10,11 +10,12 @@ from pydantic import BaseModel
 from torch import nn
 
 from nexus_core.additions import RouterDelta
-from nexus_core.distill.signals import TEACHER_LOGITS, TEACHER_ROUTER_LOGITS, Signals
+from nexus_core.distill.signals import OF_THE_TEACHER, Signals
 from nexus_core.errors import TrainingError
 from nexus_core.plugins import Family
-from nexus_core.routing import ROUTER_DELTA
-from nexus_core.train.optimizer import ParameterGroup
+from nexus_core.routing import ROUTER_DELTA, RouterPlan
+from nexus_core.routing.parameters import is_bias, is_selection_bias
+from nexus_core.train.optimizer import ParameterGroup, Part
 from nexus_core.types import Strategy
 
 
@@ -33,7 +34,7 @@ class Loss:
     @property
     def compares(self) -> bool:
         """Whether it looks at the teacher; such losses' weights can be warmed up."""
-        return bool(self.strategy.needs & {TEACHER_LOGITS, TEACHER_ROUTER_LOGITS})
+        return bool(self.strategy.needs & OF_THE_TEACHER)
 
     def __call__(self, signals: Signals) -> torch.Tensor:
         return self.strategy.function(signals, self.parameters)
@@ -53,13 +54,28 @@ class Objective:
         return frozenset().union(*(loss.strategy.needs for loss in self.losses))
 
 
-def ready_parameters(
-    model: nn.Module, family: Family, objective: Objective, bias_lr_multiplier: float
-) -> list[ParameterGroup]:
+@dataclass(frozen=True)
+class Trainables:
+    """What of a model learns: by gradient, in groups, shared experts first; and by rule, the selection biases.
+
+    selection_biases: by name, in the order of the layers; empty where the plan has no rule for them.
+    """
+
+    groups: tuple[ParameterGroup, ...]
+    plan: RouterPlan
+    selection_biases: dict[str, nn.Parameter]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All of them by name."""
+        learnt = {name: parameter for group in self.groups for name, parameter in group.parameters.items()}
+        return learnt | self.selection_biases
+
+
+def ready_parameters(model: nn.Module, family: Family, objective: Objective, bias_lr_multiplier: float) -> Trainables:
     """Freeze the model, give its routers a change if the routing strategy needs one, and return what learns.
 
-    Groups: shared experts first, then the router's parameters by learning rate. Raises TrainingError if the family
-    names nothing to train.
+    Raises TrainingError if the family names nothing to train.
     """
     if ROUTER_DELTA in objective.routing.needs:
         family.hook.nexus_attach_router_delta(model=model)
@@ -69,17 +85,22 @@ def ready_parameters(
     shared = {name: parameter for name, parameter in trainables.items() if name not in router_names}
     if not shared:
         raise TrainingError("the model has nothing to train: no shared expert was found in it; run nexus convert first")
-    multipliers = objective.routing.function(
-        [name for name in trainables if name in router_names], bias_lr_multiplier, objective.routing_parameters
-    )
+    by_rule = [name for name in trainables if name in router_names and is_selection_bias(name)]
+    by_gradient = [name for name in trainables if name in router_names and not is_selection_bias(name)]
+    plan = RouterPlan.of(objective.routing.function(by_gradient, bias_lr_multiplier, objective.routing_parameters))
     groups = [ParameterGroup(shared)]
-    for multiplier in sorted(set(multipliers.values()), reverse=True):
-        members = {name: trainables[name] for name, own in multipliers.items() if own == multiplier}
-        groups.append(ParameterGroup(members, multiplier, is_router=True))
+    kinds = {name: (_part(name), multiplier) for name, multiplier in plan.lr_multipliers.items()}
+    for part, multiplier in sorted(set(kinds.values()), key=lambda kind: (-kind[1], kind[0])):
+        members = {name: trainables[name] for name, kind in kinds.items() if kind == (part, multiplier)}
+        groups.append(ParameterGroup(members, multiplier, part))
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
-    return groups
+    return Trainables(tuple(groups), plan, {name: trainables[name] for name in by_rule} if plan.selection_step else {})
+
+
+def _part(name: str) -> Part:
+    return "router_biases" if is_bias(name) else "router_weights"
 
 
 def router_parameter_names(model: nn.Module) -> set[str]:

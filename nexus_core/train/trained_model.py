@@ -17,7 +17,7 @@ from nexus_core.checkpoint.writer import TensorPlan, shard_writer, write_index, 
 SHARD_NAME = "nexus_shared_experts.safetensors"
 
 # What stages write about a converted checkpoint; it is not part of the model.
-NOT_THE_MODEL = ("stage.json", "convert_report.json")
+NOT_THE_MODEL = ("stage.json", "convert_report.json", "output_change.png")
 
 
 def write_trained_model(

@@ -107,7 +107,8 @@ def stored_bytes(config: Mapping[str, Any]) -> dict[str, int]:
     )
     width = moe.shared_expert_width
     shared = 2 * linear(D, width) + linear(width, D) if width else 0
-    router_delta = linear(D, E) * ROUTER_DELTA_BYTES if config.get("has_router_delta") else 0
+    # Weight and bias of the logits' change, and the selection bias.
+    router_delta = (linear(D, E) + E) * ROUTER_DELTA_BYTES if config.get("has_router_delta") else 0
     head = 0 if config.get("tie_word_embeddings") else D * moe.vocabulary_size
     return {
         "routed_experts": L * E * (packed(D, 2 * F) + packed(F, D) + (2 * F + D) * number),

@@ -8,9 +8,7 @@ what holds it are built here, so that no dense expert is ever allocated.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssAttention,
@@ -34,10 +33,9 @@ from transformers.utils.output_capturing import OutputRecorder
 from nexus_core.additions import RouterDelta, SharedExpert
 from nexus_core.checkpoint.reader import CheckpointReader
 from nexus_core.errors import CheckpointError, UsageError
+from nexus_core.families.strict import StrictlyLoaded, some
 from nexus_gpt_oss.configuration import NexusGptOssConfig
 from nexus_gpt_oss.experts import PackedExperts, swiglu
-
-NAMES_SHOWN = 5
 
 
 class PackedRouter(nn.Module):
@@ -50,15 +48,21 @@ class PackedRouter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.num_local_experts))
 
     def forward(
-        self, hidden_TD: torch.Tensor, delta_TE: torch.Tensor | None = None
+        self,
+        hidden_TD: torch.Tensor,
+        delta_TE: torch.Tensor | None = None,
+        selection_bias_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """delta_TE: a learned change of the logits; a change of zero gives the weights of none, to the bit."""
+        """delta_TE: a learned change of the logits; a change of zero gives the weights of none, to the bit.
+
+        selection_bias_E: added to the changed logits where experts are chosen, not where they are weighted.
+        """
         logits_TE = functional.linear(hidden_TD, self.weight, self.bias)
         if delta_TE is None:
             weights_TK, indices_TK = route(logits_TE, self.experts_per_token)
             return logits_TE, weights_TK, indices_TK
         changed_TE = logits_TE + delta_TE
-        changed_TK, indices_TK = route(changed_TE, self.experts_per_token)
+        changed_TK, indices_TK = route(changed_TE, self.experts_per_token, selection_bias_E)
         # softmax rounds differently in bfloat16 and in the change's float32, so the base's own weights are moved by
         # the exact difference that the change makes, instead of being replaced.
         base_TK = logits_TE.gather(-1, indices_TK)
@@ -67,10 +71,16 @@ class PackedRouter(nn.Module):
         return changed_TE, weights_TK.to(hidden_TD.dtype), indices_TK
 
 
-def route(logits_TE: torch.Tensor, experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate weights (T, K), the softmax over each token's K largest logits only, and the experts' indices (T, K)."""
-    chosen_TK, indices_TK = torch.topk(logits_TE, experts_per_token, dim=-1)
-    return functional.softmax(chosen_TK, dim=-1), indices_TK
+def route(
+    logits_TE: torch.Tensor, experts_per_token: int, selection_bias_E: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate weights (T, K), the softmax over each token's K largest logits only, and the experts' indices (T, K).
+
+    selection_bias_E: added to the logits for finding the largest; the weights do not feel it.
+    """
+    preferred_TE = logits_TE if selection_bias_E is None else logits_TE + selection_bias_E
+    indices_TK = torch.topk(preferred_TE, experts_per_token, dim=-1).indices
+    return functional.softmax(logits_TE.gather(-1, indices_TK), dim=-1), indices_TK
 
 
 class PackedMixture(nn.Module):
@@ -95,10 +105,11 @@ class PackedMixture(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        delta_TE = None
+        delta_TE = selection_bias_E = None
         if self.router_delta is not None and not self.router_delta.is_off:
             delta_TE = self.router_delta(hidden_TD.to(self.router_delta.weight.dtype))
-        _, weights_TK, indices_TK = self.router(hidden_TD, delta_TE)
+            selection_bias_E = self.router_delta.selection_bias
+        _, weights_TK, indices_TK = self.router(hidden_TD, delta_TE, selection_bias_E)
         output_TD = self.experts(hidden_TD, indices_TK, weights_TK)
         if self.shared_expert is not None and not self.shared_expert.is_off:
             output_TD = output_TD + self.shared_expert(hidden_TD)
@@ -148,7 +159,7 @@ class NexusGptOssDecoderLayer(GptOssDecoderLayer):
         self.post_attention_layernorm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class NexusGptOssPreTrainedModel(GptOssPreTrainedModel):
+class NexusGptOssPreTrainedModel(StrictlyLoaded, GptOssPreTrainedModel):
     """What model and causal language model share: initialisation, what can be recorded, and strict loading."""
 
     config: NexusGptOssConfig
@@ -177,19 +188,24 @@ class NexusGptOssPreTrainedModel(GptOssPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **keywords: Any) -> Any:
         """As transformers', but strict: CheckpointError names tensors that are missing, unknown or misshapen."""
-        asked_for_info = keywords.pop("output_loading_info", False)
-        _refuse_damaged(pretrained_model_name_or_path, keywords)
-        keywords["ignore_mismatched_sizes"] = True  # refused below, with the names
-        with _without_load_report():
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *arguments, output_loading_info=True, **keywords
-            )
-        model, info = loaded
-        _refuse_unless_whole(str(pretrained_model_name_or_path), info)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *arguments, **keywords)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # loading sets it for the biases
-        return (model, info) if asked_for_info else model
+        return loaded
+
+    @classmethod
+    def refuse_damaged(cls, folder: Path, config: dict[str, Any]) -> None:
+        """Shards that are missing or cut short, and packed experts of another type than bytes, which transformers would
+        cast without a word."""
+        mistyped = [
+            f"{entry.name} {entry.dtype}, not U8"
+            for entry in CheckpointReader(folder).entries.values()
+            if ".mlp.experts." in entry.name and entry.name.endswith(("_blocks", "_scales")) and entry.dtype != "U8"
+        ]
+        if mistyped:
+            raise CheckpointError(f"{folder}: its packed experts are not bytes ({some(mistyped)}); download it again")
 
 
 class NexusGptOssModel(NexusGptOssPreTrainedModel, GptOssModel):
@@ -207,6 +223,43 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel, GptOssModel):
         self.rotary_emb = NexusRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """As transformers', but documents packed into one sequence, whose position_ids begin again with each, don't
+        see each other: transformers keeps them apart for other families, for this one it only numbers them anew.
+        """
+        if position_ids is not None and attention_mask is None and past_key_values is None and use_cache is False:
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+            about: dict[str, Any] = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": None,
+                "past_key_values": None,
+                "position_ids": position_ids,
+            }
+            attention_mask = {
+                "full_attention": create_causal_mask(**about),
+                "sliding_attention": create_sliding_window_causal_mask(**about),
+            }
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **keywords,
+        )
 
 
 class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GptOssForCausalLM):
@@ -246,57 +299,3 @@ class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GptOssForCausalLM):
         self.config.has_router_delta = True
         for layer in self.model.layers:
             layer.mlp.router_delta = new_router_delta(self.config).to(layer.mlp.router.weight.device)
-
-
-def _refuse_damaged(source: Any, keywords: dict[str, Any]) -> None:
-    """In a local folder: shards that are missing or cut short, and packed experts of another type than bytes, which
-    transformers would cast without a word."""
-    is_elsewhere = any(keywords.get(name) for name in ("state_dict", "subfolder", "variant", "gguf_file"))
-    if is_elsewhere or not isinstance(source, str | Path) or not Path(source).is_dir():
-        return
-    mistyped = [
-        f"{entry.name} {entry.dtype}, not U8"
-        for entry in CheckpointReader(Path(source)).entries.values()
-        if ".mlp.experts." in entry.name and entry.name.endswith(("_blocks", "_scales")) and entry.dtype != "U8"
-    ]
-    if mistyped:
-        raise CheckpointError(f"{source}: its packed experts are not bytes ({_some(mistyped)}); download it again")
-
-
-def _refuse_unless_whole(source: str, info: dict[str, Any]) -> None:
-    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    misshapen = [f"{name} {list(found)}, not {list(needed)}" for name, found, needed in sorted(info["mismatched_keys"])]
-    problems = [
-        f"{what}: {_some(names)}"
-        for what, names in (
-            ("missing tensors", missing),
-            ("unknown tensors", unknown),
-            ("tensors of another shape", misshapen),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{source}: its tensors do not fit its config.json ({'; '.join(problems)}); "
-            "copy, download or convert the checkpoint again"
-        )
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silence transformers' table of tensors that did not fit: from_pretrained says the same as an error."""
-    log = logging.getLogger("transformers.modeling_utils")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    log.addFilter(is_other)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_other)

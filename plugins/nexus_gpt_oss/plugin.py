@@ -109,7 +109,9 @@ def nexus_neuron_activations(config: Mapping[str, Any], gate: torch.Tensor, up: 
 
 @hookimpl
 def nexus_expert_weights(block: MoeBlock, expert: int, dtype: torch.dtype) -> ExpertWeights:
-    return block.block.experts.dense(expert, dtype)
+    experts: Any = block.block.experts
+    weights: ExpertWeights = experts.dense(expert, dtype)
+    return weights
 
 
 @hookimpl

@@ -87,7 +87,10 @@ def nexus_read_expert(reader: CheckpointReader, layer: int, expert: int, dtype: 
 
 @hookimpl
 def nexus_stored_bytes(config: Mapping[str, Any]) -> dict[str, int]:
-    """Counted on an empty model, so that the numbers are exact for any size."""
+    """Counted on an empty model, so that the numbers are exact for any size.
+
+    ADAPT: a head that is tied to the embeddings lies on disk once; skip its name.
+    """
     import torch
 
     from nexus_my_moe.modeling import NexusMyMoeConfig, NexusMyMoeForCausalLM
@@ -164,6 +167,14 @@ def nexus_neuron_activations(config: Mapping[str, Any], gate: torch.Tensor, up: 
     from transformers.activations import ACT2FN
 
     return ACT2FN[config.get("hidden_act", "silu")](gate) * up
+
+
+@hookimpl
+def nexus_expert_weights(block: MoeBlock, expert: int, dtype: torch.dtype) -> ExpertWeights:
+    """ADAPT: as `nexus_read_expert`, of the running model."""
+    own: Any = block.block.experts[expert]
+    gate, up, down = (linear.weight.detach().to(dtype) for linear in (own.gate_proj, own.up_proj, own.down_proj))
+    return ExpertWeights(gate, up, down)
 
 
 @hookimpl

@@ -171,6 +171,14 @@ def nexus_neuron_activations(gate: torch.Tensor, up: torch.Tensor) -> torch.Tens
 
 
 @hookimpl
+def nexus_expert_weights(block: MoeBlock, expert: int, dtype: torch.dtype) -> ExpertWeights:
+    """As `nexus_read_expert`, of the running model."""
+    own: Any = block.block
+    gate, up, down = (stacked[expert].detach().to(dtype) for stacked in (own.gates, own.ups, own.downs))
+    return ExpertWeights(gate, up, down)
+
+
+@hookimpl
 def nexus_attach_shared_expert(model: NexusToyMoeForCausalLM, width: int) -> bool:
     model.attach_shared_expert(width)
     return True

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat
 
 from nexus_core import hookimpl
-from nexus_core.types import ExpertWeights, Strategy
+from nexus_core.types import ExpertWeights, MergeRequest, Refusal, Strategy
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from nexus_core.data.formats import Passage
+    from nexus_core.merge import LayerExperts
     from nexus_core.select import LayerSelection, LayerStatistics, Ranking
 
 NEXUS_HOOKS = 1
@@ -40,30 +41,30 @@ def nexus_selection_strategies() -> list[Strategy]:
 
 
 def median(
-    read: Callable[[int], ExpertWeights],
-    layer: LayerSelection,
-    width: int,
-    parameters: None,
-    generator: torch.Generator,
+    experts: LayerExperts, layer: LayerSelection, width: int, parameters: None, generator: torch.Generator
 ) -> ExpertWeights:
     """Every number the median of the three most important experts' numbers at that place."""
     import torch
 
-    from nexus_core.errors import UsageError
-
-    experts = [read(expert) for expert in layer.experts[:3]]
-    if experts[0].width != width:
-        raise UsageError(f"merge 'toy_median' makes experts as wide as the model's, {experts[0].width}, not {width}")
+    chosen = [experts(expert) for expert in layer.experts[:3]]
 
     def middle(part: str) -> torch.Tensor:
-        return torch.stack([getattr(expert, part).float() for expert in experts]).median(dim=0).values
+        return torch.stack([getattr(expert, part).float() for expert in chosen]).median(dim=0).values
 
     return ExpertWeights(middle("gate"), middle("up"), middle("down"))
 
 
+def refuse_other_widths(request: MergeRequest, parameters: None) -> Refusal | None:
+    """Asked before anything is read, by `nexus check` too."""
+    if request.width == request.expert_width:
+        return None
+    return Refusal("width", f"is {request.width}, but toy_median keeps an expert's width; write {request.expert_width}")
+
+
 @hookimpl
 def nexus_merge_strategies() -> list[Strategy]:
-    return [Strategy("toy_median", median, "the median of the three most important experts")]
+    summary = "the median of the three most important experts"
+    return [Strategy("toy_median", median, summary, refuses=refuse_other_widths)]
 
 
 def dialogue(record: Mapping[str, Any], fields: Mapping[str, str], tokenizer: Any) -> Passage:

@@ -1,0 +1,106 @@
+"""`nexus capture`: store a teacher's outputs over the text that `nexus train` will draw."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nexus_core.cli.folders import resumable_folder
+from nexus_core.cli.output import failure_as_json, json_option, print_json
+from nexus_core.cli.sources import named_sources
+from nexus_core.cli.train import held_out_option, refuse_both
+
+
+@click.command("capture")
+@click.argument("model")
+@click.option("--learn", metavar="NAME=FILE", multiple=True, required=True, help="As for nexus train.")
+@click.option("--keep", metavar="NAME=FILE", multiple=True, help="As for nexus train.")
+@click.option("--steps", type=int, help="Optimizer steps of the training.  [default: 10000]")
+@click.option("--teacher-model", metavar="MODEL", help="Another model of the same vocabulary to learn from.")
+@held_out_option
+@click.option(
+    "--set",
+    "assignments",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Any key of a recipe's train section, as for nexus train, e.g. sequence_length=512 or teacher.top_logits=64.",
+)
+@click.option("--dtype", default="auto", help="Type of the computation: auto, float32 or bfloat16.")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@json_option
+def command(
+    model: str,
+    learn: tuple[str, ...],
+    keep: tuple[str, ...],
+    steps: int | None,
+    teacher_model: str | None,
+    held_out: float,
+    assignments: tuple[str, ...],
+    dtype: str,
+    device: str,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Store what the base of MODEL, or another teacher, says about a training's text, so that none is run then.
+
+    Give the same files, steps and settings of the text (batch size, accumulation, sequence length, seed) as to `nexus
+    train MODEL --teacher DIR`, which refuses a teacher of other text; losses, schedule and routing may differ.
+    Interrupted or killed, the same command goes on where it stopped.
+    """
+    with failure_as_json(as_json):
+        from nexus_core.checkpoint.fingerprint import fingerprint
+        from nexus_core.checkpoint.source import open_checkpoint
+        from nexus_core.models import choose_device
+        from nexus_core.pipeline.keys import data_identity
+        from nexus_core.recipe.load import section_from
+        from nexus_core.recipe.schema import Train
+        from nexus_core.stages.capture import STAGE, capture, teacher_checkpoint
+
+        learnt, kept = (named_sources(files, flag, held_out) for files, flag in ((learn, "--learn"), (keep, "--keep")))
+        refuse_both(learnt, kept)
+        sets = learnt | kept
+        values = {
+            "data": dict.fromkeys(sets, 1.0),
+            "learn": list(learnt),
+            "max_steps": steps,
+            "teacher": {"kind": "offline"} | ({"path": teacher_model} if teacher_model else {}),
+        }
+        settings = section_from(Train, values, assignments)
+        checkpoint = open_checkpoint(model)
+        place = choose_device(device)
+        identity = {
+            "version": STAGE.version,
+            "model": fingerprint(teacher_checkpoint(checkpoint, settings).folder),
+            "settings": settings.model_dump(mode="json"),
+            "data": {name: [data_identity(source.path) for source in sources] for name, sources in sets.items()},
+            "held_out": held_out,
+            "dtype": dtype,
+        }
+        with resumable_folder(out, identity) as folder:
+            metrics = capture(checkpoint, sets, settings, list(learnt), folder, dtype=dtype, device=place)
+    if as_json:
+        print_json({"status": "done", "path": out, "metrics": metrics})
+    else:
+        click.echo("\n".join(_as_text(model, out, metrics)))
+
+
+def _as_text(model: str, out: Path, metrics: Mapping[str, Any]) -> list[str]:
+    lines = [f"stored      {metrics['sequences']:,} sequences, {metrics['bytes'] / 1e6:,.1f} MB"]
+    if "kept_tokens" in metrics:
+        lines.append(
+            f"vocabulary  {metrics['kept_tokens']:,} kept tokens, {metrics['vocabulary_bytes_per_token']:.1f} bytes "
+            f"each: {metrics['ids_per_token']:.1f} likeliest, {metrics['tail_mass']:.1%} left over; KL to the teacher "
+            f"{metrics['vocabulary_kl_nats']:.1e} nats"
+        )
+    if "text_tokens" in metrics:
+        lines.append(
+            f"routers     {metrics['text_tokens']:,} tokens, {metrics['router_bytes_per_token']:,.0f} bytes each; KL to "
+            f"the teacher's {metrics['stored_router_kl_nats']:.1e} nats"
+        )
+    command = f"nexus train {shlex.quote(model)} --teacher {shlex.quote(str(out))} ... --out DIR"
+    return [*lines, "", f"next        {command}"]

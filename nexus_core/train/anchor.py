@@ -1,0 +1,42 @@
+"""A rolling average of the weights with an earlier state of themselves: forgetting less for a little of the gain.
+
+Every `interval` steps the weights become (1 - alpha) * weights + alpha * anchor, and the anchor what they became; the
+first anchor is the state the run began with. Source: arXiv 2501.05559 (averaging with earlier checkpoints in
+sequential fine-tuning).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+KEY_PREFIX = "anchor/"
+
+
+class Anchor:
+    """Holds the earlier state of `masters` (float32, by name), as many numbers as are trained."""
+
+    def __init__(self, interval: int, alpha: float, masters: Mapping[str, torch.Tensor]):
+        self.interval, self.alpha = interval, alpha
+        self._anchor = {name: tensor.detach().clone() for name, tensor in masters.items()}
+
+    @torch.no_grad()
+    def after_step(self, step: int, masters: Mapping[str, torch.Tensor]) -> bool:
+        """Average in place if it is time to; returns whether it was."""
+        if step % self.interval:
+            return False
+        for name, tensor in masters.items():
+            tensor.lerp_(self._anchor[name], self.alpha)
+            self._anchor[name].copy_(tensor)
+        return True
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The anchor as `anchor/NAME`, for checkpoints."""
+        return {f"{KEY_PREFIX}{name}": tensor for name, tensor in self._anchor.items()}
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state_tensors` gave."""
+        for name, tensor in self._anchor.items():
+            tensor.copy_(tensors[f"{KEY_PREFIX}{name}"])
