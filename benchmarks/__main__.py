@@ -15,7 +15,16 @@ import torch
 
 from benchmarks.measurement import Measurement
 
-BENCHMARKS = ("decode", "packed_experts", "statistics", "collecting", "sampling", "conversion", "vocabulary_loss", "stored_teacher")
+BENCHMARKS = (
+    "decode",
+    "packed_experts",
+    "statistics",
+    "collecting",
+    "sampling",
+    "conversion",
+    "vocabulary_loss",
+    "stored_teacher",
+)
 
 
 def main() -> None:

@@ -35,7 +35,13 @@ def run() -> list[Measurement]:
     """Seconds of a step of 8 x 256 tokens, half of them kept, beside the bound: online without its teacher's pass."""
     sets = {name: [Source(path=path)] for name, path in SETS.items()}
     settings = Train.model_validate(
-        {"teacher": {"kind": "offline"}, "max_steps": 4, "batch_size": 8, "gradient_accumulation": 1, "sequence_length": 256}
+        {
+            "teacher": {"kind": "offline"},
+            "max_steps": 4,
+            "batch_size": 8,
+            "gradient_accumulation": 1,
+            "sequence_length": 256,
+        }
     )
     checkpoint = open_checkpoint(MODEL)
     with tempfile.TemporaryDirectory() as name:
@@ -72,7 +78,8 @@ def run() -> list[Measurement]:
     times = {**seconds, "online without its teacher's pass": bound}
     reference = "online without its teacher's pass"
     found = [
-        Measurement("stored_teacher", name, times[name], times[name] / bound, reference, note) for name, note in rows.items()
+        Measurement("stored_teacher", name, times[name], times[name] / bound, reference, note)
+        for name, note in rows.items()
     ]
     return [*found, _zipf(reference, bound)]
 

@@ -177,9 +177,7 @@ def test_gate_weights_are_those_of_the_running_router(base: Path, family: Family
     blocks[1].router.register_forward_hook(lambda module, inputs, output: heard.append(output))
     model(torch.arange(30)[None])
     output = family.hook.nexus_router_logits(output=heard[0])
-    weights_TK, indices_TK = family.hook.nexus_gate_weights(
-        config=checkpoint.config, logits=output.logits, router={}
-    )
+    weights_TK, indices_TK = family.hook.nexus_gate_weights(config=checkpoint.config, logits=output.logits, router={})
     assert torch.equal(weights_TK, output.weights)
     assert torch.equal(indices_TK, output.indices)
     torch.testing.assert_close(weights_TK.sum(dim=-1), torch.ones(30))

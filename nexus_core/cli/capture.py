@@ -99,8 +99,8 @@ def _as_text(model: str, out: Path, metrics: Mapping[str, Any]) -> list[str]:
         )
     if "text_tokens" in metrics:
         lines.append(
-            f"routers     {metrics['text_tokens']:,} tokens, {metrics['router_bytes_per_token']:,.0f} bytes each; KL to "
-            f"the teacher's {metrics['stored_router_kl_nats']:.1e} nats"
+            f"routers     {metrics['text_tokens']:,} tokens, {metrics['router_bytes_per_token']:,.0f} bytes each; KL "
+            f"to the teacher's {metrics['stored_router_kl_nats']:.1e} nats"
         )
     command = f"nexus train {shlex.quote(model)} --teacher {shlex.quote(str(out))} ... --out DIR"
     return [*lines, "", f"next        {command}"]

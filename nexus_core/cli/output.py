@@ -34,8 +34,8 @@ QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
-# GNU OpenMP's threads spin for milliseconds at every barrier. Where another process wants the core, that is time lost to
-# all: on two cores, the demo's training fell from 3,300 tokens/s to about 200 beside one other busy process, and to
+# GNU OpenMP's threads spin for milliseconds at every barrier. Where another process wants the core, that is time lost
+# to all: on two cores, the demo's training fell from 3,300 tokens/s to about 200 beside one other busy process, and to
 # about 900 with this number of turns before a thread sleeps.
 THREAD_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from nexus_core.additions import RouterDelta, SharedExpert, additions, as_teacher
 from nexus_core.contract.subject import Subject, raw, require, require_equal
+from nexus_core.routing.parameters import is_selection_bias
 
 TRAINING_STEPS = 2
 
@@ -45,7 +46,12 @@ def check_teacher(subject: Subject) -> None:
 def check_training(subject: Subject) -> None:
     """Two steps of training change what is trainable, in every layer, and nothing else by a single bit."""
     model = subject.extended()
-    trainables: dict[str, nn.Parameter] = subject.hook.nexus_trainable_parameters(model=model)
+    # Selection biases are moved by rules, not by gradients.
+    trainables: dict[str, nn.Parameter] = {
+        name: parameter
+        for name, parameter in subject.hook.nexus_trainable_parameters(model=model).items()
+        if not is_selection_bias(name)
+    }
     model.requires_grad_(False)
     for parameter in trainables.values():
         parameter.requires_grad_(True)

@@ -16,6 +16,7 @@ from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.errors import PluginError
 from nexus_core.models import load
 from nexus_core.recipe.schema import Convert
+from nexus_core.routing.parameters import is_selection_bias
 from nexus_core.select.selection import LayerSelection, Selection
 from nexus_core.stages.convert import convert
 from nexus_core.types import MoeBlock
@@ -96,11 +97,16 @@ def require_equal(found: torch.Tensor, expected: torch.Tensor, what: str) -> Non
 
 
 def disturb(model: nn.Module) -> None:
-    """Give every addition of a model random numbers, the same each time."""
+    """Give every addition of a model random numbers, the same each time.
+
+    Selection biases stay zero: the rule of `nexus_gate_weights` is checked by what the logits alone lead to.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for addition in additions(model):
-            for parameter in addition.parameters():
+            for name, parameter in addition.named_parameters():
+                if is_selection_bias(name):
+                    continue
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 

@@ -45,8 +45,8 @@ class Model(Section):
 
 class Source(Section):
     path: Name = Field(
-        description="A file (jsonl, json, parquet, arrow, text), a folder of these or one that `datasets` saved, a Hub id, or "
-        "`embedded:NAME`; see data.md."
+        description="A file (jsonl, json, parquet, arrow, text), a folder of these or one that `datasets` saved, a Hub "
+        "id, or `embedded:NAME`; see data.md."
     )
     weight: Weight = Field(1.0, description="Share of this source within its set, relative to the others'.")
     format: str = Field("auto", description="Shape of a record; `auto` goes by the field names.")
