@@ -57,7 +57,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
-# As their model pages say. DeepSeek-V3's has, in float32, 58 * 256 selection biases among them.
+# What the published checkpoints hold. DeepSeek-V3's has, in float32, 58 * 256 selection biases among them.
 PARAMETERS = {
     "Mixtral-8x7B": 46_702_792_704,
     "Qwen3-30B-A3B": 30_532_122_624,

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from nexus_core.checkpoint.reader import CheckpointReader
 
+# The version of the hooks that this plugin was written for.
+NEXUS_HOOKS = 1
+
 EMBEDDED = Path(__file__).parent / "embedded"
 ARCHITECTURE = "NexusGptOssForCausalLM"
 
