@@ -13,7 +13,8 @@ from nexus_core.checkpoint.source import open_checkpoint
 from nexus_core.data.isolation import isolates_documents
 from nexus_core.data.mixture import TrainingBatches
 from nexus_core.distill import stored_logits
-from nexus_core.recipe.schema import Source, Train
+from nexus_core.recipe.schema import Source
+from nexus_core.recipe.training import Train
 from nexus_core.stages.capture import capture
 from nexus_core.stages.train import training_objective
 from nexus_core.stages.training_text import shares_of, training_sequences

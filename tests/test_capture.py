@@ -25,7 +25,8 @@ from nexus_core.data.mixture import TrainingBatches
 from nexus_core.distill import signals, stored_logits
 from nexus_core.distill.divergence import LOG_NOTHING
 from nexus_core.errors import DataError, UsageError
-from nexus_core.recipe.schema import Recipe, Train
+from nexus_core.recipe.schema import Recipe
+from nexus_core.recipe.training import Train
 from nexus_core.stages import capture as stage
 from nexus_core.stages.capture import STAGE, capture, identity_of
 from nexus_core.stages.train import STAGE as TRAIN_STAGE

@@ -7,7 +7,8 @@ from nexus_core.errors import RecipeError
 from nexus_core.hookspecs import hookimpl
 from nexus_core.plugins import Plugins
 from nexus_core.recipe import check_against_model, load_recipe, recipe_from, resolved, section_from
-from nexus_core.recipe.schema import Collect, Convert, Select, Train
+from nexus_core.recipe.schema import Collect, Convert, Select
+from nexus_core.recipe.training import Train
 from nexus_core.types import MoeDescription, Strategy
 
 VALID = """\

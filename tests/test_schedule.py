@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from nexus_core.recipe.schema import Train
+from nexus_core.recipe.training import Train
 from nexus_core.train.schedule import Schedule
 
 

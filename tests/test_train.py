@@ -19,7 +19,8 @@ import nexus_core.auto
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.distill.signals import SIGNALS
 from nexus_core.errors import CheckpointError, TrainingError
-from nexus_core.recipe.schema import Recipe, Train
+from nexus_core.recipe.schema import Recipe
+from nexus_core.recipe.training import Train
 from nexus_core.stages.train import STAGE, train, training_objective
 from nexus_core.statistics.listening import listen
 from nexus_core.train.loop import fit

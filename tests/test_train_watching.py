@@ -19,7 +19,7 @@ from nexus_core.data.mixture import Batch
 from nexus_core.data.packing import PackedSequences
 from nexus_core.errors import CheckpointError, TrainingError
 from nexus_core.recipe.load import section_from
-from nexus_core.recipe.schema import Train
+from nexus_core.recipe.training import Train
 from nexus_core.stages.train import train, training_objective
 from nexus_core.statistics.listening import listen
 from nexus_core.train.anchor import Anchor

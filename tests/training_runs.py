@@ -12,7 +12,8 @@ from gpt_oss_checkpoints import write_tiny_checkpoint
 
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.data.mixture import Batch
-from nexus_core.recipe.schema import Convert, Source, Train
+from nexus_core.recipe.schema import Convert, Source
+from nexus_core.recipe.training import Train
 from nexus_core.select.selection import LayerSelection, Selection
 from nexus_core.stages.convert import convert
 

@@ -58,7 +58,7 @@ def command(
         from nexus_core.models import choose_device
         from nexus_core.pipeline.keys import data_identity
         from nexus_core.recipe.load import section_from
-        from nexus_core.recipe.schema import Train
+        from nexus_core.recipe.training import Train
         from nexus_core.stages.capture import STAGE, capture, teacher_checkpoint
 
         learnt, kept = (named_sources(files, flag, held_out) for files, flag in ((learn, "--learn"), (keep, "--keep")))

@@ -75,7 +75,7 @@ def command(
         from nexus_core.models import choose_device
         from nexus_core.pipeline.keys import data_identity
         from nexus_core.recipe.load import section_from
-        from nexus_core.recipe.schema import Train
+        from nexus_core.recipe.training import Train
         from nexus_core.stages.train import MODEL_NAME, STAGE, train
         from nexus_core.train.start import start_shard
         from nexus_core.train.teacher_store import TeacherStore

@@ -19,7 +19,8 @@ from nexus_core.recipe.checks import check_execution, check_names
 from nexus_core.recipe.explain import in_order, validated
 from nexus_core.recipe.located import KeyPath, Located, Place, dotted, read_yaml
 from nexus_core.recipe.override import override
-from nexus_core.recipe.schema import Recipe, Section
+from nexus_core.recipe.schema import Recipe
+from nexus_core.recipe.sections import Section
 from nexus_core.recipe.strategies import CHOICES, LOSSES, complete, complete_losses, default_losses
 
 SectionModel = TypeVar("SectionModel", bound=Section)

@@ -10,7 +10,9 @@ from nexus_core.errors import Problem
 from nexus_core.plugins import installed
 from nexus_core.recipe.explain import unknown_key, unknown_name, validated
 from nexus_core.recipe.located import KeyPath, Located
-from nexus_core.recipe.schema import Convert, Loss, Routing, Select, StrategySection, Train
+from nexus_core.recipe.schema import Convert, Select
+from nexus_core.recipe.sections import StrategySection
+from nexus_core.recipe.training import Loss, Routing, Train
 from nexus_core.recipe.words import keys_of
 from nexus_core.types import Strategy
 

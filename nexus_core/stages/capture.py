@@ -31,7 +31,8 @@ from nexus_core.distill.vocabulary import CHUNK_ELEMENTS
 from nexus_core.errors import UsageError
 from nexus_core.models import compute_dtype, load
 from nexus_core.progress import Progress
-from nexus_core.recipe.schema import Recipe, Source, Train
+from nexus_core.recipe.schema import Recipe, Source
+from nexus_core.recipe.training import Train
 from nexus_core.stages.stage import Metrics, Stage, StageContext
 from nexus_core.stages.training_text import drawn_sequences, shares_of, training_sequences
 from nexus_core.statistics.listening import Listener, listen

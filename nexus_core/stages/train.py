@@ -13,7 +13,8 @@ from nexus_core.data.packing import PackedSequences
 from nexus_core.distill.signals import TEACHER_ROUTER_LOGITS
 from nexus_core.errors import CheckpointError, UsageError
 from nexus_core.models import compute_dtype, load
-from nexus_core.recipe.schema import Recipe, Source, Train
+from nexus_core.recipe.schema import Recipe, Source
+from nexus_core.recipe.training import Train
 from nexus_core.report.curves import training_curves
 from nexus_core.report.schedule import schedule_picture
 from nexus_core.routing import ROUTER_DELTA

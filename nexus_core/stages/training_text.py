@@ -9,7 +9,8 @@ from pathlib import Path
 from nexus_core.data.documents import documents
 from nexus_core.data.packing import PackedSequences, pack
 from nexus_core.data.tokenizers import end_token_id, load_tokenizer
-from nexus_core.recipe.schema import Source, Train
+from nexus_core.recipe.schema import Source
+from nexus_core.recipe.training import Train
 
 
 def training_sequences(

@@ -20,7 +20,7 @@ from nexus_core.data.isolation import isolates_documents
 from nexus_core.errors import TrainingError
 from nexus_core.plugins import Family
 from nexus_core.progress import Progress
-from nexus_core.recipe import schema
+from nexus_core.recipe.training import Train
 from nexus_core.statistics.listening import Listener, listen
 from nexus_core.train.anchor import Anchor
 from nexus_core.train.checkpoints import Position, newest_position, write_position
@@ -61,7 +61,7 @@ def fit(
     model: nn.Module,
     family: Family,
     batches: Batches,
-    settings: schema.Train,
+    settings: Train,
     objective: Objective,
     learnt: Collection[str],
     folder: Path,
@@ -93,7 +93,7 @@ class _Run:
         model: nn.Module,
         family: Family,
         batches: Batches,
-        settings: schema.Train,
+        settings: Train,
         objective: Objective,
         learnt: Collection[str],
         folder: Path,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nexus_core.recipe import schema
+from nexus_core.recipe.training import Train
 
 Kind = Literal["deepseek_v3", "cosine", "constant"]
 AfterFreeze = Literal["nothing", "weights"]
@@ -54,7 +54,7 @@ class Schedule:
     after_freeze: AfterFreeze = "nothing"
 
     @classmethod
-    def of(cls, train: schema.Train) -> Schedule:
+    def of(cls, train: Train) -> Schedule:
         """The schedule that a recipe's `train` section asks for."""
         return cls(steps=train.max_steps, learning_rate=train.learning_rate, **train.schedule.model_dump())
 
