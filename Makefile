@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/tiny.yaml
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench soak docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nexus run $(RECIPE)
@@ -19,7 +19,11 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.soak --kills 50
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m nexus_core.recipe.documentation --write docs/recipes.md

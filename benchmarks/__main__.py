@@ -6,10 +6,13 @@ import argparse
 import importlib
 import json
 import platform
+import sys
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,12 +21,17 @@ from benchmarks.measurement import Measurement
 BENCHMARKS = (
     "decode",
     "packed_experts",
+    "attention",
+    "loading",
     "statistics",
     "collecting",
     "sampling",
     "conversion",
     "vocabulary_loss",
     "stored_teacher",
+    "side_by_side",
+    "scaling",
+    "preflight",
 )
 
 
@@ -38,15 +46,22 @@ def main() -> None:
         parser.error(f"there is no benchmark '{unknown[0]}'; there are {', '.join(BENCHMARKS)}")
     torch.set_num_threads(arguments.threads)
 
-    measurements: list[Measurement] = []
+    report: dict[str, Any] = {"machine": machine(), "seconds": {}, "failed": {}, "measurements": []}
     for name in arguments.names or BENCHMARKS:
-        found = importlib.import_module(f"benchmarks.{name}").run()
-        measurements += found
+        began = time.perf_counter()
+        try:
+            found = importlib.import_module(f"benchmarks.{name}").run()
+        except Exception as error:  # the others' results are wanted all the same
+            report["failed"][name] = f"{type(error).__name__}: {error}"
+            print(f"\n{name}  failed: {report['failed'][name]}", flush=True)
+            found = []
+        report["seconds"][name] = time.perf_counter() - began
+        report["measurements"] += [asdict(measurement) for measurement in found]
         print("\n".join(rows(found)), flush=True)
-    arguments.out.write_text(
-        json.dumps({"machine": machine(), "measurements": [asdict(m) for m in measurements]}, indent=1)
-    )
-    print(f"\n{machine()}\nwritten to {arguments.out}")
+        # After each, so that a run that is cut short has what it had.
+        arguments.out.write_text(json.dumps(report, indent=1))
+    print(f"\n{machine()}\n{sum(report['seconds'].values()):,.0f} s; written to {arguments.out}")
+    sys.exit(1 if report["failed"] else 0)
 
 
 def rows(measurements: Iterable[Measurement]) -> list[str]:

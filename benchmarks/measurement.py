@@ -27,17 +27,22 @@ class Measurement:
     note: str = ""
 
 
-def interleaved(subjects: Mapping[str, Callable[[], Any]], *, rounds: int = 7) -> dict[str, float]:
-    """Median seconds of each subject, timed in turn A B C A B C, so that a machine that drifts drifts for all."""
+def interleaved(
+    subjects: Mapping[str, Callable[[], Any]], *, rounds: int = 7, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds of each subject, timed in turn A B C A B C, so that a machine that drifts drifts for all.
+
+    clock: `time.process_time` on a machine that is busy with other work; right for one thread only.
+    """
     for run in subjects.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(rounds):
         for name, run in subjects.items():
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -48,9 +53,10 @@ def compared(
     against: str,
     notes: Mapping[str, str] | None = None,
     rounds: int = 7,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Measurement]:
-    """Each subject's median and its ratio to the subject called `against`."""
-    seconds = interleaved(subjects, rounds=rounds)
+    """Each subject's median and its ratio to the subject called `against`; clock as for `interleaved`."""
+    seconds = interleaved(subjects, rounds=rounds, clock=clock)
     return [
         Measurement(benchmark, name, value, value / seconds[against], against, (notes or {}).get(name, ""))
         for name, value in seconds.items()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from nexus_gpt_oss import mxfp4
+from nexus_gpt_oss.backends.choice import NAMES
 from nexus_gpt_oss.experts import PackedExperts
 from torch import nn
 
+from benchmarks.backends import clock_for, devices, finished, working
 from benchmarks.measurement import Measurement, compared
 
 EXPERTS, HIDDEN, WIDTH, EXPERTS_PER_TOKEN = 4, 2880, 2880, 1
@@ -34,6 +36,10 @@ class DenseExperts(nn.Module):
 
 def run() -> list[Measurement]:
     """Time relative to dense experts at 512 and at 128 rows per expert, gpt-oss's real widths."""
+    return [measurement for device in devices() for measurement in _on(device)]
+
+
+def _on(device: torch.device) -> list[Measurement]:
     generator = torch.Generator().manual_seed(0)
     packed = PackedExperts(experts=EXPERTS, hidden_size=HIDDEN, width=WIDTH, alpha=1.702, limit=7.0)
     for name, parameter in packed.named_parameters():
@@ -41,13 +47,16 @@ def run() -> list[Measurement]:
             parameter.data.random_(0, 256, generator=generator)
         elif name.endswith("scales"):
             parameter.data.random_(116, 120, generator=generator)
+    packed.to(device)
     dense = DenseExperts(packed)
+    dense_bytes = 2 * (dense.gate_up.numel() + dense.down.numel())
+    packed_bytes = sum(p.numel() for name, p in packed.named_parameters() if not name.endswith("bias"))
     measurements = []
     for rows in (512, 128):
         tokens = rows * EXPERTS // EXPERTS_PER_TOKEN
-        hidden = torch.randn(tokens, HIDDEN, generator=generator).bfloat16().requires_grad_()
-        indices = torch.arange(tokens).remainder(EXPERTS)[:, None]
-        weights = torch.ones(tokens, EXPERTS_PER_TOKEN, dtype=torch.bfloat16)
+        hidden = torch.randn(tokens, HIDDEN, generator=generator).bfloat16().to(device).requires_grad_()
+        indices = torch.arange(tokens, device=device).remainder(EXPERTS)[:, None]
+        weights = torch.ones(tokens, EXPERTS_PER_TOKEN, dtype=torch.bfloat16, device=device)
 
         def train(
             experts: nn.Module,
@@ -58,13 +67,14 @@ def run() -> list[Measurement]:
             (gradient,) = torch.autograd.grad(experts(hidden, indices, weights).float().sum(), hidden)
             del gradient
 
-        dense_bytes = 2 * (dense.gate_up.numel() + dense.down.numel())
-        packed_bytes = sum(p.numel() for name, p in packed.named_parameters() if not name.endswith("bias"))
+        names = NAMES if device.type == "cuda" else ("loop", "grouped")
+        ours = {f"nexus, {name}": run for name, run in working("experts", names, lambda t=train: t(packed)).items()}
         measurements += compared(
-            f"experts, forward and input gradient, {rows} rows each",
-            {"dense bfloat16": lambda t=train: t(dense), "nexus, packed": lambda t=train: t(packed)},
+            f"experts, forward and input gradient, {rows} rows each, {device.type}",
+            {"dense bfloat16": finished(lambda t=train: t(dense)), **ours},
             against="dense bfloat16",
-            notes={"nexus, packed": f"weights {dense_bytes / packed_bytes:.2f} x smaller"},
+            notes=dict.fromkeys(ours, f"weights {dense_bytes / packed_bytes:.2f} x smaller"),
             rounds=5,
+            clock=clock_for(device),
         )
     return measurements

@@ -87,6 +87,17 @@ def additions(model: nn.Module) -> list[Addition]:
     return [module for module in model.modules() if isinstance(module, Addition)]
 
 
+def router_tensors(router: nn.Module) -> dict[str, torch.Tensor]:
+    """A base router's own parameters and buffers by name, those of modules inside it too, without a change's."""
+    own = [(prefix, module) for prefix, module in router.named_modules() if not isinstance(module, Addition)]
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in own
+        for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for name, tensor in tensors
+    }
+
+
 @contextmanager
 def as_teacher(model: nn.Module) -> Iterator[nn.Module]:
     """Inside this context the model is its base: shared experts and router changes are off.

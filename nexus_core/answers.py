@@ -5,19 +5,23 @@ Every hook is asked by itself, so that one that fails hides no other; those of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nexus_core.additions import RouterDelta, SharedExpert, additions
+from nexus_core.additions import RouterDelta, SharedExpert, additions, router_tensors
 from nexus_core.checkpoint.source import Checkpoint
 from nexus_core.errors import NexusError
-from nexus_core.models import load
+from nexus_core.models import ignored_tensors, load
 from nexus_core.plugins import DEFAULTS, installed
 from nexus_core.statistics.listening import listen
-from nexus_core.types import ExpertLocation, ExpertWeights, MoeDescription
+from nexus_core.types import ExpertLocation, ExpertWeights, MoeDescription, RouterOutput
+
+# Shown with --debug: where in the plugin's code an answer failed.
+LOG = logging.getLogger(__name__)
 
 TOKENS = 4
 SHARED_WIDTH = 8
@@ -58,8 +62,10 @@ def answers(checkpoint: Checkpoint, *, loads_model: bool) -> Iterator[Answer]:
         except _NotAsked as reason:
             yield Answer(hook, by, str(reason))
         except NexusError as error:
+            LOG.debug("%s refuses", hook, exc_info=True)
             yield Answer(hook, by, str(error), failed=True)
         except Exception as error:  # an answer of the wrong kind fails where it is looked at
+            LOG.debug("the answer of %s cannot be used", hook, exc_info=True)
             yield Answer(hook, by, f"its answer cannot be used: {type(error).__name__}: {error}", failed=True)
 
 
@@ -68,6 +74,8 @@ class _Questions:
         self.checkpoint, self.config, self.hook = checkpoint, checkpoint.config, checkpoint.family.hook
         self.loads_model = loads_model
         self._model: Any = None
+        self._does_not_load = False
+        self._router: RouterOutput | None = None
 
     def all(self) -> dict[str, Callable[[], str]]:
         return {
@@ -97,8 +105,12 @@ class _Questions:
     def model(self) -> Any:
         if not self.loads_model:
             raise _NotAsked("not asked: the model is large, --load loads it")
+        if self._does_not_load:
+            raise _NotAsked("not asked: it needs the model, which nexus_load_model does not give")
         if self._model is None:
+            self._does_not_load = True
             self._model = load(self.checkpoint, dtype=torch.float32)
+            self._does_not_load = False
         return self._model
 
     @property
@@ -177,15 +189,24 @@ class _Questions:
 
     def dequantize(self) -> str:
         dense = self.hook.nexus_dequantize(config=self.config, tensors={"weight": torch.zeros(1)}, dtype=torch.float32)
-        return f"a plain weight stays {dense.dtype}".replace("torch.", "")
+        return f"a plain float32 weight is given back as {dense.dtype}".replace("torch.", "")
 
     def stored_bytes(self) -> str:
         parts = self.hook.nexus_stored_bytes(config=self.config)
-        on_disk = sum(entry.stored_bytes for entry in self.checkpoint.reader.entries.values())
+        unread = self._unread()
+        on_disk = sum(e.stored_bytes for name, e in self.checkpoint.reader.entries.items() if name not in unread)
         told = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in parts.items() if size)
         if sum(parts.values()) != on_disk:
             raise NexusError(f"{told}: together {sum(parts.values()):,} bytes, but the shards hold {on_disk:,}")
         return f"{told}: together the {on_disk:,} bytes on disk"
+
+    def _unread(self) -> frozenset[str]:
+        """Tensors that the model's class leaves unread; none if it cannot be asked, which nexus_load_model tells."""
+        try:
+            return ignored_tensors(self.model, self.checkpoint.reader)
+        except Exception:
+            self._does_not_load = False
+            return frozenset()
 
     def register_auto(self) -> str:
         installed().ask_one(self.checkpoint.family.name, "nexus_register_auto")
@@ -198,11 +219,23 @@ class _Questions:
         return f"{len(blocks)} of {type(blocks[0].block).__name__} with {type(blocks[0].router).__name__}"
 
     @torch.no_grad()
+    def _heard(self) -> RouterOutput:
+        """What the first router says of a few tokens, once."""
+        if self._router is None:
+            with listen(self.model, self.checkpoint.family) as listener:
+                self.model(input_ids=torch.arange(TOKENS)[None] % self.moe.vocabulary_size, use_cache=False)
+            listener.refuse_if_incomplete()
+            self._router = listener.routers[self.moe.layers[0]]
+        return self._router
+
+    def _refuse_another_choice(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        heard = self._heard()
+        _, indices_TK = self.hook.nexus_gate_weights(config=self.config, logits=heard.logits, router=tensors)
+        if not torch.equal(indices_TK.sort(-1).values, heard.indices.sort(-1).values):
+            raise NexusError("for the running router's logits it chooses other experts than the running router does")
+
     def router_logits(self) -> str:
-        with listen(self.model, self.checkpoint.family) as listener:
-            self.model(input_ids=torch.arange(TOKENS)[None] % self.moe.vocabulary_size, use_cache=False)
-        listener.refuse_if_incomplete()
-        router = listener.routers[self.moe.layers[0]]
+        router = self._heard()
         shapes = [list(tensor.shape) for tensor in (router.logits, router.weights, router.indices)]
         expected = [[TOKENS, self.moe.experts], *[[TOKENS, self.moe.experts_per_token]] * 2]
         if shapes != expected:
@@ -212,8 +245,8 @@ class _Questions:
     def gate_weights(self) -> str:
         router: dict[str, torch.Tensor] = {}
         if self.loads_model:
-            module = self.hook.nexus_moe_blocks(model=self.model)[0].router
-            router = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            router = router_tensors(self.hook.nexus_moe_blocks(model=self.model)[0].router)
+            self._refuse_another_choice(router)
         logits_TE = torch.linspace(-1, 1, TOKENS * self.moe.experts).reshape(TOKENS, -1)
         weights_TK, _ = self.hook.nexus_gate_weights(config=self.config, logits=logits_TE, router=router)
         total = float(weights_TK.detach().sum(-1).mean())

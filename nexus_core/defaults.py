@@ -23,6 +23,20 @@ def nexus_dequantize(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) ->
 
 
 @hookimpl(trylast=True)
+def nexus_number_fault(tensor: torch.Tensor) -> str:
+    if not tensor.is_floating_point():
+        return ""
+    # Numbers of one byte know few operations; their NaN survives the cast.
+    faults = (~(tensor.float() if tensor.itemsize == 1 else tensor).isfinite()).nonzero()
+    return f"has a number at {faults[0].tolist()} that is not finite" if len(faults) else ""
+
+
+@hookimpl(trylast=True)
+def nexus_backends() -> dict[str, str]:
+    return {}
+
+
+@hookimpl(trylast=True)
 def nexus_load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 

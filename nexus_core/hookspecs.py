@@ -31,6 +31,7 @@ from nexus_core.types import (
     MoeDescription,
     RouterOutput,
     RunDescription,
+    RunningCosts,
     StageOutcome,
     Strategy,
 )
@@ -130,6 +131,33 @@ def nexus_stored_bytes(config: Mapping[str, Any]) -> Mapping[str, int] | None:
 
 
 @hookspec(firstresult=True)
+def nexus_running_costs(config: Mapping[str, Any], device: Literal["cpu", "cuda"]) -> RunningCosts | None:
+    """What holding and running the model takes on a kind of device, counted from the config; must not import torch.
+
+    Called by `nexus check` to tell memory and time before anything is read, and by `nexus run` to refuse what cannot
+    fit. Default: counted from `nexus_describe_moe`, `nexus_stored_bytes` and the config's usual names for attention,
+    with experts that are dense unless their storage is no floating-point type.
+    """
+
+
+@hookspec(firstresult=True)
+def nexus_number_fault(config: Mapping[str, Any], name: str, tensor: torch.Tensor) -> str | None:
+    """What is wrong with the numbers of a stored tensor, such as "has NaN at [3, 7]"; "" if nothing is.
+
+    tensor: as stored, whole or one slice of its first dimension. Called by `nexus doctor` for every tensor. Default:
+    floating-point numbers must be finite; of bytes nothing is known.
+    """
+
+
+@hookspec(firstresult=True)
+def nexus_backends() -> Mapping[str, str] | None:
+    """Which implementation has done which part of the work in this process, e.g. {"decode on cpu": "numba"}.
+
+    Called by `nexus doctor` after it has run the model. Default: nothing to tell.
+    """
+
+
+@hookspec(firstresult=True)
 def nexus_load_model(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, device: str) -> nn.Module | None:
     """The checkpoint as a transformers causal language model, in evaluation mode, routed experts in stored form.
 
@@ -168,8 +196,9 @@ def nexus_gate_weights(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The family's routing rule alone: logits (T, E) to gate weights (T, K) and expert indices (T, K).
 
-    router: the layer's router's own tensors by name, as its `named_parameters` and `named_buffers` give them, for rules
-    that choose by more than the logits, such as a selection bias; most leave the argument out. The weights may be in
+    router: the layer's router's own tensors by name, as its `named_parameters` and `named_buffers` give them (those of
+    modules inside it with dots), for rules that choose by more than the logits, such as a selection bias; most leave
+    the argument out. The weights may be in
     float32 where the running model rounds them. Used where only logits are at hand (stored statistics, tests that
     replay a router).
     """

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.errors import UsageError
 from nexus_core.plugins import installed
+from nexus_core.processes import world
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,19 @@ def load(
     return model
 
 
+def stated_end_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end what the model writes, as its own generation settings state them; often incomplete."""
+    stated = model.generation_config.eos_token_id if model.generation_config else None
+    return [] if stated is None else list(stated) if isinstance(stated, list) else [stated]
+
+
+def ignored_tensors(model: Any, names: Iterable[str]) -> frozenset[str]:
+    """Which of a checkpoint's tensors the model's class leaves unread, as transformers' classes may say."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    return frozenset(name for name in names if name not in own and any(re.search(p, name) for p in patterns))
+
+
 @lru_cache(maxsize=1)
 def register_auto() -> None:
     """Let every installed family register its classes with transformers' Auto classes, once."""
@@ -42,12 +58,15 @@ def register_auto() -> None:
 def choose_device(name: str) -> str:
     """The device to run on: `auto` is the first GPU, or the CPU where there is none; any other name as it is.
 
-    Raises UsageError if torch does not know the name or this machine has no such device.
+    Each of several processes has a GPU of its own, by its number on the machine. Raises UsageError if torch does not
+    know the name or this machine has no such device.
     """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not world().alone:
+        name = f"cuda:{world().local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -55,8 +74,10 @@ def choose_device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
-            "give `auto` or `cpu`"
+            "give `auto` or `cpu`, or start no more processes than there are GPUs"
         )
+    if device.type == "cuda" and not world().alone:
+        torch.cuda.set_device(device)  # what libraries mean by the current one
     return name
 
 

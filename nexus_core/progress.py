@@ -9,6 +9,14 @@ from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
+_silent = False
+
+
+def silence() -> None:
+    """Say nothing from now on: another process does the same work and says it."""
+    global _silent
+    _silent = True
+
 
 class Progress:
     """Counts work and says now and then how far it is: `collect  41%  4,096/10,000 tokens  8,120/s  0:01 left`.
@@ -53,7 +61,7 @@ class Progress:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.close()
-        elif self._is_terminal:
+        elif self._is_terminal and not _silent:
             self.stream.write("\n")
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
@@ -63,6 +71,8 @@ class Progress:
             self.advance(1)
 
     def _say(self, now: float, *, end: str, closing: bool = False) -> None:
+        if _silent:
+            return
         seconds = max(now - self._started, 1e-6)
         rate = (self.done - self._first_done) / seconds
         share = f"{100 * self.done / self.total:3.0f}%  " if self.total else ""

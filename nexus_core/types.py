@@ -103,6 +103,44 @@ class RouterOutput:
 
 
 @dataclass(frozen=True)
+class RunningCosts:
+    """What holding a model and running it takes, from its config alone: what `nexus check` adds up.
+
+    Counted in numbers, whose size is that of the type it computes in, where the name does not say bytes.
+
+    packed_bytes: of routed experts that stay as they are stored, whatever it computes in; 0 if none do. held_numbers:
+    of all other tensors. layer_products: numbers of matrices that every token is multiplied with on its way through the
+    layers, chosen experts apart. decoded_numbers: of all experts, where a pass that uses them all decodes them; else 0.
+    buffer_numbers: dense at the same time while it does.
+
+    heads, head_size: of the queries. windows: how far each layer's attention reaches back, None without an end.
+    score_numbers: held at once for each pair of tokens in a sequence and each head, 0 where scores are never written
+    down; kept_score_numbers: of these, kept for the backward pass; sequences longer than score_tokens hold none.
+
+    Of a layer, per token: forward_numbers held at once on the way forward, backward_numbers on the way back beside what
+    was kept; kept_numbers kept for the backward pass, and kept_bytes beside them, of a type that is always the same;
+    shared_numbers that a shared expert keeps for each of its neurons.
+    """
+
+    packed_bytes: int
+    held_numbers: int
+    layer_products: int
+    decoded_numbers: int
+    buffer_numbers: int
+    heads: int
+    head_size: int
+    windows: tuple[int | None, ...]
+    score_numbers: float
+    kept_score_numbers: float
+    forward_numbers: float
+    backward_numbers: float
+    kept_numbers: float
+    kept_bytes: float = 0.0
+    shared_numbers: float = 7.0
+    score_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class Strategy:
     """A named, replaceable way of doing one thing: what registering hooks return.
 

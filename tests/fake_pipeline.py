@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from nexus_core.checkpoint.source import Checkpoint
+from nexus_core.checkpoint.writer import atomic_file
 from nexus_core.hookspecs import hookimpl
 from nexus_core.pipeline.plan import Plan, plan_recipe
 from nexus_core.pipeline.run import RunResult, execute
@@ -88,9 +89,8 @@ def stages(
             during_train(step)
             step, value = step + 1, (value * 31 + step) % 1009
             context.report(step, {"loss": float(value)})
-            beside = context.out / "state.new"
-            beside.write_text(json.dumps([step, value]))
-            beside.replace(state)
+            with atomic_file(state) as file:
+                file.write(json.dumps([step, value]).encode())
         return {"value": value}
 
     return (

@@ -54,6 +54,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1, "n_shared_experts": 2, "n_group": 2, "topk_group": 1, "norm_topk_prob": False,
         "routed_scaling_factor": 2.5,
     },
+    "ernie4_5_moe": {
+        "moe_num_experts": EXPERTS, "moe_intermediate_size": 16, "intermediate_size": 48, "num_hidden_layers": 4,
+        "moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 2,
+        "moe_num_shared_experts": 1, "tie_word_embeddings": True,
+    },
     "deepseek_v3": {
         "n_routed_experts": EXPERTS, "moe_intermediate_size": 24, "intermediate_size": 48, "num_hidden_layers": 3,
         "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4,
@@ -86,10 +91,12 @@ def write_family_checkpoint(
                 tensor.copy_(1 + 0.1 * torch.randn(tensor.shape, generator=generator))
             else:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 1.5 * tensor.shape[-1] ** -0.5)
-    bias = {name: tensor.clone() for name, tensor in model.named_buffers() if "correction_bias" in name}
+    exact = ("e_score_correction_bias", *(model._keep_in_fp32_modules_strict or ()))
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if any(part in name for part in exact)}
     model.to(dtype)
-    for name, tensor in bias.items():  # published in float32, as its class says
-        model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = tensor
+    for name, tensor in kept.items():  # published in float32, as its class says
+        module, _, own = name.rpartition(".")
+        getattr(model.get_submodule(module), own).data = tensor
     model.save_pretrained(folder, max_shard_size="40KB")
     _leave_out_defaults_of_the_writer(folder)
     return folder

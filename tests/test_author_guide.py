@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 from nexus_core import hookspecs
+from nexus_core.families import Layout, PerExpert, every_layer
 from nexus_core.plugins import Plugins
 from nexus_core.registration import HOOK_NAMES
 
@@ -21,9 +22,20 @@ def blocks(language: str) -> list[str]:
 
 def test_code_that_names_a_file_of_the_example_stands_in_it_word_for_word() -> None:
     named = [re.fullmatch(r"# (\S+/\S+\.py)\n(.*)", block, re.DOTALL) for block in blocks("python")]
-    shown = [(match[1], match[2]) for match in named if match]
-    assert len(shown) >= 8
-    assert [(name, code) for name, code in shown if code not in (EXAMPLE / name).read_text()] == []
+    shown = [(ROOT if match[1].startswith("plugins/") else EXAMPLE, match[1], match[2]) for match in named if match]
+    assert len(shown) >= 10
+    assert [(name, code) for folder, name, code in shown if code not in (folder / name).read_text()] == []
+
+
+def test_every_field_of_a_layout_is_in_the_table_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", GUIDE.read_text(), re.MULTILINE))
+    defaults = vars(Layout(model_type="my_moe", gate_weights=every_layer, weights_sum_to_one=every_layer))
+    assert [name for name in defaults if name not in rows] == []
+    told = {name: row.strip("`") for name, row in rows.items() if name in defaults and row != "none"}
+    expected = {name: value.__name__ if callable(value) else repr(value) for name, value in defaults.items()}
+    assert {name: row.replace("PerExpert()", repr(PerExpert())) for name, row in told.items()} == {
+        name: expected[name].replace("'", '"') if name != "stored_experts" else expected[name] for name in told
+    }
 
 
 def test_settings_that_are_shown_are_the_examples() -> None:

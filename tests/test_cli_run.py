@@ -15,8 +15,8 @@ from nexus_core.cli import main
 from nexus_core.cli.output import print_json
 from nexus_core.cli.summary import summary
 from nexus_core.errors import StageError
+from nexus_core.estimate.model import shared_expert_parameters
 from nexus_core.pipeline import plan
-from nexus_core.pipeline.preflight import shared_expert_parameters
 from nexus_core.pipeline.run import RunResult
 from nexus_core.types import MoeDescription, StageOutcome
 

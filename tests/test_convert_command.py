@@ -141,6 +141,8 @@ from nexus_core.stages.convert import convert
 import nexus_gpt_oss.mxfp4, scipy.optimize
 
 torch.set_num_threads(1)
+# The first large decode imports a compiler, where there is one.
+nexus_gpt_oss.mxfp4.decode(torch.zeros(64, 64, 16, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.uint8))
 checkpoint = open_checkpoint(sys.argv[1])
 layers = tuple(LayerSelection(layer=layer, experts=(0, 1, 2)) for layer in checkpoint.description.layers)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
+from nexus_core.data.conversations import question
 from nexus_core.data.formats import conversations, messages
 from nexus_core.data.passages import MissingPromptError, Passage
 from nexus_core.errors import DataError
@@ -194,3 +195,24 @@ def test_content_in_parts_is_joined():
     assert chat(user("A"), answer([{"type": "text", "text": "B"}, {"type": "text", "text": "C"}]))[0].endswith(
         "BC<|return|>]"
     )
+
+
+def test_a_question_is_what_the_model_is_given_before_it_answers():
+    tools = [{"name": "f", "parameters": {}}]
+    asked = "<|start|>user<|message|>A<|end|>(f)"
+    called = (
+        '<|start|>assistant<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=f<|message|>{"x": 1}<|call|>'
+    )
+    result = {"role": "tool", "content": "1"}
+    assert question([user("A")], TOKENIZER, tools) == f"{asked}<|start|>assistant"
+    assert question([user("A"), answer("B", "hm")], TOKENIZER, tools) == f"{asked}<|start|>assistant"
+    # Behind a tool's result the model goes on with what it thought.
+    after = f"{asked}{called}<|start|>tool<|message|>1<|end|><|start|>assistant"
+    assert question([user("A"), call("hm"), result], TOKENIZER, tools) == after
+    assert question([user("A"), call("hm"), result, answer("B")], TOKENIZER, tools) == after
+
+
+@pytest.mark.parametrize("turns", [[], [answer("B")], [{"role": "system", "content": "S"}, answer("B")], [user(" ")]])
+def test_what_asks_nothing_is_no_question(turns):
+    with pytest.raises(MissingPromptError):
+        question(turns, TOKENIZER)

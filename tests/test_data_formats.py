@@ -138,5 +138,6 @@ def test_the_split_goes_by_what_is_asked():
     assert opening("messages", {"messages": 3}, {}) == {"messages": 3}
 
 
-def test_strategies_are_the_four_formats():
-    assert [strategy.name for strategy in STRATEGIES] == ["text", "prompt_response", "messages", "conversations"]
+def test_strategies_are_the_formats():
+    names = ["text", "prompt_response", "messages", "conversations", "generated"]
+    assert [strategy.name for strategy in STRATEGIES] == names

@@ -134,6 +134,15 @@ def test_text_is_cut_between_paragraphs_and_nothing_is_lost(tmp_path):
     assert len(pieces) < 15
 
 
+def test_pieces_of_text_are_as_long_as_asked_for(tmp_path):
+    paragraphs = [f"Paragraph {number}: " + "word " * 30 for number in range(40)]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
+    for place in (tmp_path / "a.txt", tmp_path):
+        fine, coarse = (records_of(place, piece_characters=characters) for characters in (250, 10_000))
+        assert [record["text"] for record in fine] == paragraphs
+        assert len(coarse) == 1
+
+
 def test_text_without_paragraphs_is_cut_between_lines_and_without_lines_anywhere():
     assert list(cut_text(["aaaa\n", "bbbb\n", "cc\n"], 10)) == ["aaaa\nbbbb", "cc"]
     assert list(cut_text(["x" * 25], 10)) == ["x" * 10, "x" * 10, "x" * 5]

@@ -118,7 +118,7 @@ def test_dense_layers_are_left_out(settings: dict[str, Any], layers: tuple[int, 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("Qwen3-30B-A3B", {"num_experts": None}, "num_experts is missing"),
+        ("Qwen3-30B-A3B", {"num_experts": None}, "num_experts or num_local_experts is missing"),
         ("Qwen3-30B-A3B", {"hidden_size": "wide"}, "hidden_size is 'wide', not a positive number"),
         ("Qwen3-30B-A3B", {"mlp_only_layers": list(range(48))}, "no layer has experts"),
         ("Mixtral-8x7B", {"torch_dtype": "int8"}, "dtype 'int8'"),

@@ -15,7 +15,7 @@ from family_checkpoints import CONFIGS, VOCABULARY, write_family_checkpoint
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from nexus_core.additions import SharedExpert, additions, as_teacher
+from nexus_core.additions import SharedExpert, additions, as_teacher, router_tensors
 from nexus_core.checkpoint.source import open_checkpoint
 from nexus_core.contract import disturb
 from nexus_core.errors import UsageError
@@ -65,7 +65,7 @@ def test_the_shared_expert_and_the_changed_router_are_computed_as_the_obvious_fo
             plain = found.router(hidden)
     delta, shared = found.router.router_delta, found.block.nexus_shared_expert
     logits_TE = hidden @ found.router.weight.T + hidden @ delta.weight.T + delta.bias
-    tensors = dict(found.router.named_buffers(recurse=False)) | {"selection_bias": delta.selection_bias}
+    tensors = router_tensors(found.router) | {"nexus_selection_bias": delta.selection_bias}
     weights, indices = hook.nexus_gate_weights(config=checkpoint.config, logits=logits_TE, router=tensors)
 
     def routed(weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ PLUGINS = ROOT / "plugins"
 # Parts of nexus_core from the ground up. A part may import what stands on lower lines, and itself.
 FLOORS: list[set[str]] = [
     {"types", "errors", "progress"},
+    {"processes"},
     {"hookspecs"},
     {"registration"},
     {"plugins", "defaults"},  # plugins registers the defaults
@@ -29,7 +30,7 @@ FLOORS: list[set[str]] = [
     {"families"},  # what plugins of families that speak plain Hugging Face share
     {"recipe"},
     {"data"},
-    {"statistics", "select", "merge", "routing", "distill", "measure", "report"},
+    {"statistics", "select", "merge", "routing", "distill", "measure", "estimate", "report"},
     {"train"},
     {"stages"},
     {"pipeline"},
@@ -47,7 +48,7 @@ OPEN_FLOORS = {FLOOR["plugins"], FLOOR["statistics"]}
 LAZY_UPWARD = {"defaults", "__init__"}
 
 # Words that would mean that core knows a family. deepseek_v3 alone is also the name of a schedule.
-FAMILIES = r"gpt.?oss|qwen|mixtral|olmo|granite|llama|deepseek(?!_v3|-V3)|phimoe|glm4|minimax|dots1"
+FAMILIES = r"gpt.?oss|qwen|mixtral|olmo|granite|llama|deepseek(?!_v3|-V3)|phimoe|glm4|minimax|dots1|ernie"
 
 MLFLOW_PART = "track"
 

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
+from nexus_core.distill.head import OutputHead
 from nexus_core.measure.perplexity import Perplexity, perplexity
 from nexus_core.measure.router_health import RouterHealth
 from nexus_core.measure.verdict import Change, judge
@@ -26,7 +28,7 @@ def test_perplexity_is_that_of_a_loop_over_tokens() -> None:
                 scores = [math.exp(score) for score in logits[b, s].tolist()]
                 total -= math.log(scores[targets[b, s]] / sum(scores))
                 tokens += 1
-    measured = perplexity(logits, targets)
+    measured = perplexity(logits.flatten(0, 1), targets.flatten(), OutputHead(torch.eye(7)))
     assert measured.tokens == tokens == 12
     assert measured.nll_nats_per_token == pytest.approx(total / tokens, rel=1e-6)
     assert measured.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-6)
@@ -34,9 +36,30 @@ def test_perplexity_is_that_of_a_loop_over_tokens() -> None:
 
 def test_perplexity_adds_up_over_batches() -> None:
     logits, targets = random(4, 6, 9, seed=1), torch.randint(0, 9, (4, 6))
-    parts = perplexity(logits[:1], targets[:1]) + perplexity(logits[1:], targets[1:])
+    hidden, targets, head = logits.flatten(0, 1), targets.flatten(), OutputHead(torch.eye(9))
+    parts = perplexity(hidden[:5], targets[:5], head) + perplexity(hidden[5:], targets[5:], head)
     assert parts.tokens == 24
-    assert parts.nll_nats == pytest.approx(perplexity(logits, targets).nll_nats)
+    assert parts.nll_nats == pytest.approx(perplexity(hidden, targets, head).nll_nats)
+
+
+def test_perplexity_holds_logits_of_a_chunk_only(monkeypatch) -> None:
+    hidden, weight = random(50, 8, seed=2), random(300, 8, seed=3)
+    targets = torch.randint(0, 300, (50,), generator=torch.Generator().manual_seed(4))
+    targets[::7] = -100
+    head, held = OutputHead(weight, random(300, seed=5), scale=0.5), []
+
+    def logits(self: OutputHead, hidden_CD: torch.Tensor) -> torch.Tensor:
+        held.append(len(hidden_CD))
+        return 0.5 * (hidden_CD @ weight.T + head.bias)
+
+    expected = functional.cross_entropy(logits(head, hidden).double(), targets, reduction="sum")
+    whole = perplexity(hidden, targets, head)
+    held.clear()
+    monkeypatch.setattr(OutputHead, "logits", logits)
+    chunked = perplexity(hidden, targets, head, chunk_elements=4 * 300)
+    assert max(held) == 4
+    assert sum(held) == whole.tokens == chunked.tokens == 42
+    assert chunked.nll_nats == pytest.approx(whole.nll_nats, rel=1e-7) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_perplexity_of_nothing_is_not_a_number_and_of_nonsense_infinite() -> None:

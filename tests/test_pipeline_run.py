@@ -21,7 +21,7 @@ from fake_pipeline import files, run
 from nexus_core import plugins
 from nexus_core.errors import StageError, UsageError
 from nexus_core.hookspecs import hookimpl
-from nexus_core.pipeline.run import Interrupted
+from nexus_core.pipeline.failures import Interrupted
 
 SCRIPT = Path(fake_pipeline.__file__)
 HALF_WAY = fake_pipeline.STEPS // 2

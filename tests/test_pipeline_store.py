@@ -27,7 +27,9 @@ def fill(store: Store, text: str) -> Path:
     with store.writing("select", MADE_OF.key, print):
         partial = store.partial("select", MADE_OF.key, resumes=False)
         (partial / "answer.txt").write_text(text)
-        store.finish(MADE_OF, seconds=1.0, metrics={"n": 1}, created="2025-01-01T00:00:00+00:00", versions={})
+        store.finish(
+            MADE_OF, seconds=1.0, metrics={"n": 1}, created="2025-01-01T00:00:00+00:00", versions={}, backends={}
+        )
     return store.place("select", MADE_OF.key)
 
 
@@ -70,7 +72,7 @@ def test_metrics_of_numpy_and_beyond_numbers_are_recorded(tmp_path: Path) -> Non
     with store.writing("select", MADE_OF.key, print):
         store.partial("select", MADE_OF.key, resumes=False)
         metrics = {"a": numpy.float32(0.5), "b": float("nan"), "c": "text"}
-        store.finish(MADE_OF, seconds=1.0, metrics=metrics, created="", versions={})
+        store.finish(MADE_OF, seconds=1.0, metrics=metrics, created="", versions={}, backends={})
     record = store.find("select", MADE_OF.key)
     assert record is not None
     assert record.metrics == {"a": 0.5, "b": "nan", "c": "text"}
@@ -120,8 +122,9 @@ def test_a_forked_worker_does_not_hold_its_parents_lock(tmp_path: Path) -> None:
         "import os, time, pathlib; from nexus_core.pipeline.locks import exclusive\n"
         f"with exclusive(pathlib.Path({str(lock)!r}), print):\n"
         "    child = os.fork()\n"
-        "    if child == 0:\n        time.sleep(60); os._exit(0)\n"
-        "    print(child, flush=True); time.sleep(60)"
+        # The child says that it runs: what closes the lock in it has run by then.
+        "    if child == 0:\n        print(os.getpid(), flush=True); time.sleep(60); os._exit(0)\n"
+        "    time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

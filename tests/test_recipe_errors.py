@@ -195,7 +195,18 @@ MISTAKES = {
     ),
     "data set's name with a point": ("data: {my.set: [{path: a}]}", "replace 3:8", "data.my.set", "rename it"),
     "no data": ("data: {}", "replace 3:7", "data", "names no data set; give at least one"),
-    "several processes": ("run: {processes: 2, deepspeed: {}}", "8:18", "run.processes", "not available yet; remove"),
+    "more processes than sequences": (
+        "run: {processes: 5}",
+        "8:18",
+        "run.processes",
+        "is 5, but a step has 4 sequences to share (train.batch_size 1 x train.gradient_accumulation 4); write at most",
+    ),
+    "offload of what is not in parts": (
+        "run: {processes: 2, deepspeed: {zero_stage: 2, offload: parameters}}",
+        "8:32",
+        "run.deepspeed",
+        "zero_stage is 2; write zero_stage: 3, or offload: none",
+    ),
     "duplicate key": ("train: {seed: 1}\nrun: {}\ntrain: {}", "10:1", "train", "is given twice, first at "),
     "number as a key": (
         "data: {1: [{path: a}], b: [{path: a}]}",
@@ -267,7 +278,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(tmp_path):
         "train:\n"
         "  learning_rate: 1e-5\n"
         "  data: {math: 1.0}\n"
-        "run: {processes: 4}\n"
+        "run: {processes: 8}\n"
     )
     with pytest.raises(RecipeError) as raised:
         load_recipe(path, ["train.seed=x", "nonsense"])
@@ -285,6 +296,13 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(tmp_path):
         ("--set nonsense", ""),
         ("--set train.seed=x", "train.seed"),
     ]
+
+
+def test_deepspeed_that_is_missing_is_told_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("nexus_core.recipe.checks.find_spec", lambda name: None)
+    load_recipe(write(tmp_path, "run: {processes: 2, deepspeed: {zero_stage: 0}}", "8:1"))
+    with pytest.raises(RecipeError, match=r"8:32: run\.deepspeed: needs the package deepspeed.* install it"):
+        load_recipe(write(tmp_path, "run: {processes: 2, deepspeed: {zero_stage: 2}}", "8:1"))
 
 
 def test_no_message_shows_the_validator_behind_it(tmp_path):

@@ -18,6 +18,7 @@ def test_the_promised_recipes_are_there():
         "tiny",
         "tiny_trainable_router",
         "tiny_offline",
+        "tiny_generated",
         "gpt_oss_pca_top24",
         "gpt_oss_trainable_router",
         "gpt_oss_20b_pca",

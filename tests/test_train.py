@@ -80,6 +80,24 @@ def test_the_teacher_is_the_base_before_and_after(converted, tmp_path) -> None:
         assert not torch.equal(model(IDS).logits, expected)
 
 
+def test_step_0_is_the_bases_perplexity_on_the_first_steps_learnt_text(converted, tmp_path) -> None:
+    settings = train_settings(max_steps=1)
+    run(converted, settings, tmp_path)
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    base = nexus_core.load(converted.folder.parent / "base", dtype=torch.float32)
+    losses = []
+    for index in range(settings.gradient_accumulation):
+        batch = RandomBatches(settings.batch_size, settings.sequence_length, settings.seed).batch(index)
+        for ids, targets, name in zip(batch.input_ids, batch.targets, batch.set_names, strict=True):
+            if name == "domain":
+                with torch.no_grad():
+                    logits = base(ids[None]).logits[0]
+                losses.append(nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="none"))
+    counted = torch.cat([loss[loss != 0] for loss in losses])
+    assert first["step"] == 0
+    assert first["perplexity"] == pytest.approx(math.exp(counted.mean()), rel=1e-4)
+
+
 def test_the_router_stands_still_after_the_schedule_fixes_it(converted, tmp_path) -> None:
     schedule = {"kind": "constant", "bias_freeze_ratio": 0.5, "bias_lr_multiplier": 1.0, "temperature": [2.0, 2.0]}
     settings = train_settings(routing={"strategy": "trainable"}, schedule=schedule, max_steps=4, weight_decay=0.1)

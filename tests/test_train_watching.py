@@ -166,13 +166,13 @@ def test_an_anchor_pulls_the_weights_back_to_an_earlier_state() -> None:
     masters = {"w": torch.tensor([0.0, 4.0])}
     anchor = Anchor(2, 0.25, masters)
     masters["w"] += 4.0
-    assert not anchor.after_step(1, masters)
-    assert anchor.after_step(2, masters)
+    assert [anchor.is_due(step) for step in (1, 2, 3, 4)] == [False, True, False, True]
+    anchor.average("w", masters["w"])
     assert masters["w"].tolist() == [3.0, 7.0]  # three quarters of the way from 0 and 4 to 4 and 8
     masters["w"] += 4.0
     restored = Anchor(2, 0.25, {"w": torch.zeros(2)})
     restored.load_state_tensors(anchor.state_tensors())
-    restored.after_step(4, masters)
+    restored.average("w", masters["w"])
     assert masters["w"].tolist() == [6.0, 10.0]
 
 

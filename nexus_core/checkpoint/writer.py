@@ -27,6 +27,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The data of a shard begin at a multiple of this, so that a mapped file gives aligned tensors, as the library does.
 ALIGNMENT_BYTES = 8
 
+# How the name of a file ends that is not whole yet.
+PARTIAL = ".partial"
+
 
 @dataclass(frozen=True)
 class TensorPlan:
@@ -101,25 +104,35 @@ def shard_writer(path: Path, plan: Mapping[str, TensorPlan]) -> Iterator[ShardWr
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that gets its name when it is whole and on the disk; after an exception nothing is left of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with partial.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        fsync_folder(path.parent)
+        sync_folder(path.parent, recursive=False)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def remove_partial_files(folder: Path) -> None:
+    """Remove what writers that were killed left of their files, here and in folders below; nobody may be writing."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        if path.is_file():
+            path.unlink()
+
+
+def sync_folder(folder: Path, *, recursive: bool = True) -> None:
+    """Have a folder's content on the disk before going on. Hard links are skipped: their bytes are there already."""
+    for path in [*folder.rglob("*"), folder] if recursive else [folder]:
+        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -9,16 +10,20 @@ from importlib import import_module
 import click
 
 from nexus_core import __version__
+from nexus_core.cli.launch import die_with_launcher
 from nexus_core.cli.output import exit_code_of, quieten
+from nexus_core.processes import world_if_any
 
 # name: what `nexus --help` says of it. The command itself is `nexus_core.cli.NAME.command`.
 COMMANDS = {
     "run": "Run a recipe: every stage whose output is not there yet.",
     "check": "Validate a recipe and show what running it would take.",
+    "doctor": "Look a model over: whole, sound, and how fast here.",
     "explain": "Say why each stage would be reused or has to run.",
     "collect": "Gather router statistics of a model over your data.",
     "select": "Rank each layer's experts and choose which to build from.",
     "convert": "Give a model one shared expert per layer.",
+    "generate": "Have a model write text after prompts, to keep it by.",
     "capture": "Store a teacher's outputs, to train without running it.",
     "train": "Train the shared experts of a converted model.",
     "validate": "Measure what was gained and what was forgotten.",
@@ -78,8 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten(debug)
     try:
         # Not standalone: click would print its errors itself, and swallow the traceback that --debug is for.
-        answer = nexus.main([word for word in given if word != "--debug"], "nexus", standalone_mode=False)
+        die_with_launcher()
+        words = [word for word in given if word != "--debug"]
+        answer = nexus.main(words, "nexus", standalone_mode=False, obj=given)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(exit_code_of(error, debug))
+        code = exit_code_of(error, debug)
+        if not world_if_any().alone:
+            # What libraries do at the end may wait for a process that is gone.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
     sys.exit(answer if isinstance(answer, int) else 0)

@@ -10,9 +10,11 @@ from typing import Any
 import click
 
 from nexus_core.cli.folders import resumable_folder
+from nexus_core.cli.launch import in_processes
 from nexus_core.cli.output import failure_as_json, json_option, print_json
 from nexus_core.cli.sources import named_sources
 from nexus_core.cli.train import held_out_option, refuse_both
+from nexus_core.processes import world
 
 
 @click.command("capture")
@@ -33,6 +35,7 @@ from nexus_core.cli.train import held_out_option, refuse_both
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
 @json_option
+@in_processes
 def command(
     model: str,
     learn: tuple[str, ...],
@@ -83,6 +86,8 @@ def command(
         }
         with resumable_folder(out, identity) as folder:
             metrics = capture(checkpoint, sets, settings, list(learnt), folder, dtype=dtype, device=place)
+    if not world().is_first:
+        return
     if as_json:
         print_json({"status": "done", "path": out, "metrics": metrics})
     else:

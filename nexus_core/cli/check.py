@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nexus_core.cli.estimates import device_line, memory_table, stage_table, stages_as_json, warnings
 from nexus_core.cli.output import failure_as_json, json_option, print_json, set_option
 
 if TYPE_CHECKING:
     from nexus_core.pipeline.plan import Plan
-    from nexus_core.pipeline.preflight import Estimate
+    from nexus_core.pipeline.preflight import Preflight
     from nexus_core.recipe.schema import Recipe
 
 
@@ -24,9 +25,22 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also draw the training schedule into FILE (png, pdf, svg).",
 )
+@click.option(
+    "--device",
+    "named",
+    metavar="NAME",
+    help="Estimate for a device of the table, e.g. h200, instead of this machine's.",
+)
 @click.option("--schema-only", is_flag=True, help="Look at the recipe alone: no model, no data, no network.")
 @json_option
-def command(recipe_file: Path, overrides: tuple[str, ...], plot: Path | None, schema_only: bool, as_json: bool) -> None:
+def command(
+    recipe_file: Path,
+    overrides: tuple[str, ...],
+    plot: Path | None,
+    named: str | None,
+    schema_only: bool,
+    as_json: bool,
+) -> None:
     """Validate RECIPE, find its model and data, and show what running it would take, the training schedule drawn.
 
     Writes nothing but the FILE of --plot.
@@ -45,23 +59,21 @@ def command(recipe_file: Path, overrides: tuple[str, ...], plot: Path | None, sc
             return
 
         from nexus_core.checkpoint.source import open_checkpoint
-        from nexus_core.models import choose_device
         from nexus_core.pipeline.plan import plan_recipe
-        from nexus_core.pipeline.preflight import check_inputs, device_memory_bytes, estimate, free_disk_bytes
+        from nexus_core.pipeline.preflight import check_inputs, look_ahead
 
         checkpoint = open_checkpoint(recipe.model.path, recipe.model.revision)
         check_inputs(recipe, checkpoint)
         plan = plan_recipe(recipe, checkpoint=checkpoint)
-        needed = estimate(recipe, checkpoint)
-        device = choose_device(recipe.run.device)
-        memory, disk = device_memory_bytes(device), free_disk_bytes(plan.store.root)
+        ahead = look_ahead(recipe, checkpoint, named)
     if as_json:
-        print_json(_as_json(plan, needed, device, memory, disk))
+        print_json(_as_json(plan, ahead))
     else:
-        click.echo("\n".join(_as_text(plan, needed, device, memory, disk)))
+        click.echo("\n".join(_as_text(plan, ahead)))
 
 
-def _as_json(plan: Plan, needed: Estimate, device: str, memory: int, disk: int) -> dict[str, Any]:
+def _as_json(plan: Plan, ahead: Preflight) -> dict[str, Any]:
+    device = ahead.device
     return {
         "status": "valid",
         "recipe": plan.recipe.name,
@@ -69,26 +81,44 @@ def _as_json(plan: Plan, needed: Estimate, device: str, memory: int, disk: int) 
             "path": plan.checkpoint.folder,
             "family": plan.checkpoint.family.name,
             "fingerprint": plan.fingerprint,
-            "stored_bytes": needed.stored_bytes,
-            "trainable_parameters": needed.trainable_parameters,
+            "stored_bytes": ahead.model.stored_bytes,
+            "trainable_parameters": ahead.trainable_parameters,
         },
-        "device": {"name": device, "memory_bytes": memory},
-        "needs": {"memory_bytes": needed.memory_bytes, "disk_bytes": needed.disk_bytes, "free_disk_bytes": disk},
-        "stages": {
-            step.stage.name: {
-                "key": step.key,
-                "path": step.path,
-                "reused": step.found is not None,
-                "tokens": needed.tokens.get(step.stage.name),
+        "device": {
+            "name": device.name,
+            "memory_bytes": device.memory_bytes,
+            "available_bytes": device.available_bytes,
+            "flops": device.flops,
+            "bandwidth": device.bandwidth,
+            "measured": device.measured,
+            "host_bytes": ahead.host_bytes,
+        },
+        "disk": {"needs_bytes": ahead.disk_bytes, "free_bytes": ahead.free_disk_bytes},
+        "fits": not ahead.misfits,
+        "misfits": [
+            {
+                "stage": misfit.stage,
+                "where": misfit.where,
+                "needs_bytes": misfit.needs_bytes,
+                "has_bytes": misfit.has_bytes,
+                "ways_out": [
+                    {"settings": list(way.settings), "needs_bytes": way.needs_bytes, "fits": way.fits}
+                    for way in misfit.ways_out
+                ],
             }
-            for step in plan.steps
-        },
+            for misfit in ahead.misfits
+        ],
+        "stages": stages_as_json(plan, ahead),
     }
 
 
-def _as_text(plan: Plan, needed: Estimate, device: str, memory: int, disk: int) -> list[str]:
-    model, stored = plan.checkpoint.description, sum(needed.stored_bytes.values())
-    parts = ", ".join(f"{part.replace('_', ' ')} {size(count)}" for part, count in needed.stored_bytes.items() if count)
+def _as_text(plan: Plan, ahead: Preflight) -> list[str]:
+    from nexus_core.pipeline.preflight import size
+
+    model, stored = plan.checkpoint.description, sum(ahead.model.stored_bytes.values())
+    parts = ", ".join(
+        f"{part.replace('_', ' ')} {size(count)}" for part, count in ahead.model.stored_bytes.items() if count
+    )
     lines = [
         f"{click.style(plan.recipe.name, bold=True)}: valid",
         "",
@@ -96,29 +126,25 @@ def _as_text(plan: Plan, needed: Estimate, device: str, memory: int, disk: int) 
         f"         {len(model.layers)} layers x {model.experts} experts, {model.experts_per_token} per token; "
         f"hidden {model.hidden_size}, expert width {model.expert_width}",
         f"         {size(stored)} stored: {parts}",
-        f"trains   {needed.trainable_parameters:,} parameters, one shared expert per layer",
+        f"trains   {ahead.trainable_parameters:,} parameters, one shared expert per layer",
         f"data     {_data(plan)}",
-        f"device   {device}",
+        f"device   {device_line(ahead)}",
+        f"store    {plan.store.root}: about {size(ahead.disk_bytes)} new, {size(ahead.free_disk_bytes)} free. Base "
+        f"weights are linked; where links are impossible, 2 copies of {size(stored)} come on top",
         "",
-        "stages",
-    ]
-    for step in plan.steps:
-        tokens = needed.tokens.get(step.stage.name)
-        work = f"{tokens:,} tokens" + (" at most" if step.stage.name == "validate" else "") if tokens else ""
-        lines.append(f"  {step.stage.name:<9} {'reused' if step.found else 'runs':<7} {step.path}  {work}".rstrip())
-    lines += [
+        *stage_table(plan, ahead),
+        "",
+        *(f"{step.stage.name:<9} {'reused' if step.found else 'runs':<7} {step.path}" for step in plan.steps),
+        "",
+        *memory_table(ahead, [name for name in ("collect", "capture", "train", "validate") if name in _stages(plan)]),
         "",
         *_schedule(plan),
-        "",
-        f"memory   about {size(needed.memory_bytes)} to train, without activations; {device} has {size(memory)}",
-        f"disk     about {size(needed.disk_bytes)} new in {plan.store.root}; {size(disk)} free. "
-        f"Base weights are linked; where links are impossible, 2 copies of {size(stored)} come on top",
     ]
-    if needed.memory_bytes > memory:
-        lines.append(click.style("warning: that is more memory than there is", fg="yellow"))
-    if needed.disk_bytes > disk:
-        lines.append(click.style("warning: that is more disk than is free", fg="yellow"))
-    return lines
+    return lines + warnings(ahead)
+
+
+def _stages(plan: Plan) -> list[str]:
+    return [step.stage.name for step in plan.steps]
 
 
 def _draw(recipe: Recipe, file: Path) -> None:
@@ -148,11 +174,3 @@ def _data(plan: Plan) -> str:
     return "; ".join(
         f"{name}: {', '.join(source.path for source in sources)}" for name, sources in plan.recipe.data.items()
     )
-
-
-def size(count: int) -> str:
-    """Bytes in the decimal units that disks are sold in."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:,.1f} {unit}"
-    return f"{count} B"

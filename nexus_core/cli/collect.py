@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from nexus_core.cli.folders import resumable_folder
+from nexus_core.cli.launch import in_processes
 from nexus_core.cli.output import failure_as_json, json_option, print_json
 from nexus_core.cli.sources import named_sources
+from nexus_core.processes import world
 
 # The data set that files given without a name belong to.
 DEFAULT_SET = "data"
@@ -66,6 +68,7 @@ DEFAULT_SET = "data"
 @click.option("--revision", help="Commit, branch or tag of a Hub id.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
 @json_option
+@in_processes
 def command(
     model: str | None,
     data: tuple[str, ...],
@@ -97,7 +100,6 @@ def command(
     with failure_as_json(as_json):
         if merged:
             metrics = _merge(merged, model, data, out)
-            lines = [f"routers     {_routers(metrics)}", "", f"statistics  {out}", _next(out)]
         else:
             values = {
                 "tokens": tokens,
@@ -109,11 +111,14 @@ def command(
                 "seed": seed,
             }
             metrics = _collect(model, data, values, assignments, dtype, device, shard, revision, out)
-            lines = _as_text(out, metrics, shard)
+    if not world().is_first:
+        return
     if as_json:
         print_json({"status": "done", "path": out, "metrics": metrics})
+    elif merged:
+        click.echo("\n".join([f"routers     {_routers(metrics)}", "", f"statistics  {out}", _next(out)]))
     else:
-        click.echo("\n".join(lines))
+        click.echo("\n".join(_as_text(out, metrics, shard)))
 
 
 def _collect(

@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from nexus_core.checkpoint.source import Checkpoint
+from nexus_core.data.tokenizers import reply_end_ids
 from nexus_core.errors import UsageError
+from nexus_core.models import stated_end_ids
 
 # What a decoder puts where a character's last bytes are still to come.
 INCOMPLETE = "\ufffd"
@@ -85,22 +87,8 @@ class Conversation:
         return Reply(stream.thoughts, stream.answer, len(stream.tokens), stream.tokens[-1] in ends)
 
     def end_tokens(self) -> list[int]:
-        """The tokens that end the model's turn: its generation settings', and what the template puts there.
-
-        A tokenizer's end token may end documents only, while the template closes a turn with another.
-        """
-        stated = self.model.generation_config.eos_token_id
-        ends = [] if stated is None else list(stated) if isinstance(stated, list) else [stated]
-        mark = "the answer"
-        finished = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}], tokenize=False
-        )
-        after = self.tokenizer(str(finished).rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-        if after and after[0] in self.tokenizer.added_tokens_decoder:
-            ends.append(after[0])
-        if not ends and self.tokenizer.eos_token_id is not None:
-            ends.append(self.tokenizer.eos_token_id)
-        return list(dict.fromkeys(ends))
+        """The tokens that end the model's turn."""
+        return reply_end_ids(self.tokenizer, stated_end_ids(self.model))
 
     def _context_tokens(self) -> int:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)

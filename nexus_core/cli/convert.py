@@ -138,7 +138,7 @@ def _refuse_inside(out: Path, model: Path) -> None:
 def _as_text(out: Path, metrics: Mapping[str, float | int | str]) -> list[str]:
     import json
 
-    from nexus_core.cli.check import size
+    from nexus_core.pipeline.preflight import size
     from nexus_core.stages.convert import REPORT_NAME
 
     report = json.loads((out / REPORT_NAME).read_text())

@@ -17,8 +17,9 @@ from typing import Any
 import click
 
 from nexus_core.errors import NexusError
+from nexus_core.processes import INTERRUPTED, first_to_fail, world_if_any
 
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+FAILED, MISUSED = 1, 2
 
 # Libraries read these when they are imported; what a user has set stays. TOKENIZERS_PARALLELISM is not among them:
 # left alone, tokenizers use all cores and stop doing so in a forked process; set to true, such a process hangs.
@@ -30,6 +31,8 @@ QUIET_ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Between processes, a closed connection is told with a C++ traceback on each of them.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
@@ -71,7 +74,10 @@ def quieten(debug: bool = False) -> None:
 
 
 def exit_code_of(error: BaseException, debug: bool) -> int:
-    """Say on stderr what went wrong, with the traceback if `debug`, and return the exit code."""
+    """Say on stderr what went wrong, with the traceback if `debug`, and return the exit code.
+
+    Of several processes, only the one that failed first says it.
+    """
     if isinstance(error, BrokenPipeError):
         # Whoever read our stdout has seen enough, as `head` does. Python flushes once more at exit: give it a sink.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,10 +89,13 @@ def exit_code_of(error: BaseException, debug: bool) -> int:
     if isinstance(error, click.ClickException):
         error.show(sys.stderr)
         return error.exit_code
-    _to_stderr(sentence(error))
     if isinstance(error, NexusError):
-        return error.exit_code
-    return INTERRUPTED if isinstance(error, KeyboardInterrupt | click.Abort) else FAILED
+        code = error.exit_code
+    else:
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt | click.Abort) else FAILED
+    if first_to_fail(error, sentence(error), code):
+        _to_stderr(sentence(error))
+    return code
 
 
 def sentence(error: BaseException) -> str:
@@ -114,7 +123,7 @@ def failure_as_json(as_json: bool, rest: Callable[[], Mapping[str, Any]] = dict)
     except BrokenPipeError:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        if as_json:
+        if as_json and world_if_any().is_first:
             print_json({"status": "failed", **rest(), "error": sentence(error)})
         raise
 

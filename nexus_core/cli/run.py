@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nexus_core.cli.launch import LAUNCHER, is_to_launch, launch, own_command, processes_option, stopped_by_launcher
 from nexus_core.cli.output import failure_as_json, json_option, print_json, set_option
+from nexus_core.processes import World, join, leave
 
 if TYPE_CHECKING:
     from nexus_core.recipe.schema import Recipe
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     "--rerun", metavar="STAGE", multiple=True, help="Run this stage, and those that read it, again; may be given again."
 )
 @click.option("--verify", is_flag=True, help="Read every byte of the model to tell it from others, not samples.")
+@click.option("--anyway", is_flag=True, help="Start even what needs more memory than there is, by its estimate.")
+@processes_option
 @json_option
 def command(
     recipe_file: Path,
@@ -32,8 +37,10 @@ def command(
     until: str | None,
     rerun: tuple[str, ...],
     verify: bool,
+    anyway: bool,
+    processes: int | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Run RECIPE: every stage whose output is not there yet.
 
     Interrupted or killed, the same command goes on where it stopped.
@@ -44,17 +51,28 @@ def command(
         return {"recipe": recipe_file.stem, "stages": _stages(outcomes)}
 
     with failure_as_json(as_json, so_far), _terminated_as_interrupted():
-        from nexus_core.cli.summary import summary
-        from nexus_core.pipeline.run import run_recipe
         from nexus_core.recipe.load import load_recipe
 
+        here = join()
         recipe = load_recipe(recipe_file, overrides)
-        with _tracked(recipe):
-            result = run_recipe(recipe, until=until, rerun=rerun, verify=verify, on_outcome=outcomes.append)
-    if as_json:
+        starts_others = is_to_launch(processes, recipe.run.processes)
+        if not starts_others:
+            from nexus_core.pipeline.run import run_recipe
+
+            with _tracked(recipe, here):
+                result = run_recipe(
+                    recipe, until=until, rerun=rerun, verify=verify, anyway=anyway, on_outcome=outcomes.append
+                )
+            leave()
+    if starts_others:
+        return launch(processes or recipe.run.processes, own_command(), as_json=as_json)
+    if here.is_first and as_json:
         print_json({"status": "done", **so_far()})
-    else:
+    elif here.is_first:
+        from nexus_core.cli.summary import summary
+
         click.echo(summary(result))
+    return 0
 
 
 def _stages(outcomes: list[StageOutcome]) -> dict[str, Any]:
@@ -70,9 +88,9 @@ def _stages(outcomes: list[StageOutcome]) -> dict[str, Any]:
 
 
 @contextmanager
-def _tracked(recipe: Recipe) -> Iterator[None]:
+def _tracked(recipe: Recipe, here: World) -> Iterator[None]:
     """Have MLflow observe what happens inside, if the recipe wants that."""
-    if not recipe.run.tracking.enabled:
+    if not (recipe.run.tracking.enabled and here.is_first):
         yield
         return
     from nexus_core.plugins import installed
@@ -90,8 +108,9 @@ def _tracked(recipe: Recipe) -> Iterator[None]:
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """A batch system's polite SIGTERM ends a run as Ctrl-C does: told to observers, partial work kept."""
+    handler = stopped_by_launcher if LAUNCHER in os.environ else signal.default_int_handler
     try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = signal.signal(signal.SIGTERM, handler)
     except ValueError:  # not the main thread: called from another program, which has its own way
         yield
         return

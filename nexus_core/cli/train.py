@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 from nexus_core.cli.folders import resumable_folder
+from nexus_core.cli.launch import in_processes
 from nexus_core.cli.output import failure_as_json, json_option, print_json
 from nexus_core.cli.sources import named_sources
+from nexus_core.processes import world
 
 held_out_option = click.option(
     "--held-out",
@@ -48,6 +50,7 @@ held_out_option = click.option(
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
 @json_option
+@in_processes
 def command(
     model: str,
     learn: tuple[str, ...],
@@ -109,6 +112,8 @@ def command(
             metrics = train(
                 checkpoint, sets, settings, list(learnt), folder, teacher=teacher, dtype=dtype, device=place
             )
+    if not world().is_first:
+        return
     if as_json:
         print_json({"status": "done", "path": out, "model": out / MODEL_NAME, "metrics": metrics})
     else:

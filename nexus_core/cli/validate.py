@@ -8,8 +8,11 @@ from typing import Any
 
 import click
 
+from nexus_core.cli.folders import of_the_first
+from nexus_core.cli.launch import in_processes
 from nexus_core.cli.output import failure_as_json, json_option, print_json
 from nexus_core.cli.sources import named_sources
+from nexus_core.processes import world
 
 # More sequences than any file has: the whole of it.
 WHOLE_FILE = 2**40
@@ -31,6 +34,7 @@ WHOLE_FILE = 2**40
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
 @json_option
+@in_processes
 def command(
     model: str,
     data: tuple[str, ...],
@@ -62,8 +66,10 @@ def command(
         settings = section_from(Validate, {"samples": WHOLE_FILE if samples is None else samples}, assignments)
         checkpoint = open_checkpoint(model)
         place = choose_device(device)
-        with atomic_folder(out) as folder:
+        with of_the_first(atomic_folder(out)) as folder:
             metrics = validate(checkpoint, sets, settings, learnt, folder, part="all", dtype=dtype, device=place)
+    if not world().is_first:
+        return
     if as_json:
         print_json({"status": "done", "path": out, "metrics": metrics})
     else:

@@ -13,6 +13,7 @@ from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.checkpoint.writer import write_index, write_json, write_shard
 from nexus_core.contract.subject import BrokenContract, Subject, require
 from nexus_core.errors import CheckpointError
+from nexus_core.models import ignored_tensors
 
 UNKNOWN_TENSOR = "model.layers.0.of_no_family.weight"
 
@@ -49,12 +50,16 @@ def check_locations(subject: Subject) -> None:
 
 
 def check_stored_bytes(subject: Subject) -> None:
-    """The bytes told from the config are those on disk, of the experts and of everything, before and after."""
+    """The bytes told from the config are those on disk, of the experts and of everything, before and after.
+
+    Not counted are tensors that the model's class leaves unread, such as layers for predicting several tokens.
+    """
     for folder in (subject.folder, subject.converted()):
         checkpoint = open_checkpoint(folder)
         told = subject.hook.nexus_stored_bytes(config=checkpoint.config)
         entries = checkpoint.reader.entries
-        on_disk = sum(entry.stored_bytes for entry in entries.values())
+        ignored = ignored_tensors(subject.model(), entries)
+        on_disk = sum(entry.stored_bytes for name, entry in entries.items() if name not in ignored)
         require(sum(told.values()) == on_disk, f"nexus_stored_bytes: {sum(told.values())} instead of {on_disk}: {told}")
         locations = subject.hook.nexus_enumerate_experts(config=checkpoint.config)
         names = {part.name for location in locations for part in location.parts}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nexus_core.additions import router_tensors
 from nexus_core.contract.subject import Subject, disturb, require, require_equal
 from nexus_core.statistics.listening import Listener, listen
 from nexus_core.types import ExpertWeights, MoeBlock, RouterOutput
@@ -121,7 +122,7 @@ def check_routers(subject: Subject) -> None:
 def _check_rule(subject: Subject, model: Any, listener: Listener, state: str) -> None:
     for block in subject.blocks(model):
         heard = listener.routers[block.layer]
-        tensors = dict(block.router.named_parameters(recurse=False)) | dict(block.router.named_buffers(recurse=False))
+        tensors = router_tensors(block.router)
         weights_TK, indices_TK = subject.hook.nexus_gate_weights(
             config=subject.checkpoint.config, logits=heard.logits, router=tensors
         )

@@ -47,12 +47,7 @@ def conversation(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerFast, tool
     JSON text of them. One passage, unless the template rewrites earlier answers. Raises DataError if there is no
     template, it refuses the turns or leaves one of them out, and MissingPromptError if a user's turn is a placeholder.
     """
-    if not tokenizer.chat_template:
-        raise DataError("the model's tokenizer has no chat template, so messages cannot be written out; give text")
-    turns = [complete(turn) for turn in turns]
-    turns = [turn for turn in turns if turn["role"] != "system" or turn["content"].strip() not in PLACEHOLDERS]
-    if any(turn["role"] == "user" and turn["content"].strip() in PLACEHOLDERS for turn in turns):
-        raise MissingPromptError("a user's turn is empty, so its answer answers nothing")
+    turns = _completed(turns)
     writer = _Writer(tokenizer, read_tools(tools))
     # What nothing precedes is a greeting, not an answer.
     answers = [number for number, turn in enumerate(turns) if number and _is_answer(turn)]
@@ -67,6 +62,30 @@ def conversation(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerFast, tool
         passages.append(Passage(whole, tuple(found[number] for number in sorted(found)), learns_end=False))
         answers = [number for number in answers if number not in found]
     return passages
+
+
+def question(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerFast, tools: Any = None) -> str:
+    """What the model is given when it is to write the next turn, or the last one if that is an answer.
+
+    Raises as `conversation`, and MissingPromptError if nothing comes before the answer.
+    """
+    turns = _completed(turns)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns or all(turn["role"] in ("system", "developer") for turn in turns):
+        raise MissingPromptError("nothing comes before the answer")
+    writer = _Writer(tokenizer, read_tools(tools))
+    writer.refuse_if_it_leaves_out(turns)
+    return writer.write(turns, generation_prompt=True)
+
+
+def _completed(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns as templates expect them. Raises MissingPromptError if a user's is a placeholder."""
+    completed = [complete(turn) for turn in turns]
+    completed = [turn for turn in completed if turn["role"] != "system" or turn["content"].strip() not in PLACEHOLDERS]
+    if any(turn["role"] == "user" and turn["content"].strip() in PLACEHOLDERS for turn in completed):
+        raise MissingPromptError("a user's turn is empty, so its answer answers nothing")
+    return completed
 
 
 def complete(turn: Mapping[str, Any]) -> Turn:
@@ -174,6 +193,8 @@ class _Writer:
     """A chat template with its tools: what it writes, and what of it an answer is."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, tools: list[Any] | None):
+        if not tokenizer.chat_template:
+            raise DataError("the model's tokenizer has no chat template, so messages cannot be written out; give text")
         self._tokenizer, self._tools = tokenizer, tools
         marks = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from nexus_core.data import formats
-from nexus_core.data.passages import MissingPromptError, Passage
+from nexus_core.data.passages import MissingPromptError, Passage, Written
 from nexus_core.data.records import find_format, load_records
 from nexus_core.data.source_report import SHORTEST_DOCUMENT, SourceReport
 from nexus_core.data.tokenizers import begin_token_id
@@ -205,11 +205,11 @@ class _SourceReader(Iterator[Document]):
             self.report.first_problem = self.report.first_problem or self.records.first_damage
         return self.records.damaged
 
-    def _passages(self, record: dict[str, Any]) -> list[Passage]:
+    def _passages(self, record: dict[str, Any]) -> list[Passage | Written]:
         report = self.report
         try:
-            made: Passage | list[Passage] = self._format(record, self.source.fields, self.tokenizer)
-            passages = [made] if isinstance(made, Passage) else list(made)
+            made = self._format(record, self.source.fields, self.tokenizer)
+            passages: list[Passage | Written] = [made] if isinstance(made, Passage | Written) else list(made)
             for passage in passages:
                 # A lone half of a surrogate pair is valid in JSON but not in UTF-8.
                 passage.text.encode()
@@ -228,22 +228,12 @@ class _SourceReader(Iterator[Document]):
             passages = [passage.cut(LONGEST_PASSAGE_CHARACTERS) for passage in passages]
         return passages
 
-    def _tokenized(self, passages: list[Passage]) -> Iterator[Document]:
-        if not passages:
-            return
+    def _tokenized(self, passages: list[Passage | Written]) -> Iterator[Document]:
         report = self.report
-        encoded = self.tokenizer(
-            [passage.text for passage in passages],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        for passage, tokens, offsets in zip(passages, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        for passage, (tokens, learns) in zip(passages, _tokens(passages, self.tokenizer), strict=True):
             if len(tokens) < SHORTEST_DOCUMENT:
                 report.too_short += 1
                 continue
-            learns = learnt_tokens(passage, np.array(offsets))
             if not learns.any():
                 report.nothing_to_learn += 1
                 continue
@@ -253,6 +243,27 @@ class _SourceReader(Iterator[Document]):
             report.documents += 1
             report.tokens += len(tokens)
             yield Document(np.array(tokens, dtype=np.int32), learns, self.source.path, learns_end)
+
+
+def _tokens(
+    passages: Sequence[Passage | Written], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    """Of every passage its tokens, and which of them are learnt."""
+    encoded = tokenizer(
+        # The tokenizer refuses an empty list.
+        ["", *(passage.text for passage in passages if isinstance(passage, Passage))],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    tokenized = zip(encoded["input_ids"][1:], encoded["offset_mapping"][1:], strict=True)
+    for passage in passages:
+        if isinstance(passage, Written):
+            yield passage.tokens, np.array(passage.learns, dtype=bool)
+        else:
+            tokens, offsets = next(tokenized)
+            yield tokens, learnt_tokens(passage, np.array(offsets))
 
 
 def learnt_tokens(passage: Passage, offsets: np.ndarray) -> np.ndarray:

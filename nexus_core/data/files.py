@@ -9,9 +9,6 @@ from typing import Any
 
 from nexus_core.errors import DataError
 
-# A text file has no records of its own: whole paragraphs up to this many characters make one.
-TEXT_RECORD_CHARACTERS = 2_000
-
 TEXT_SUFFIXES = (".md", ".rst", ".text", ".txt")
 RECORD_SUFFIXES = (".arrow", ".json", ".jsonl", ".ndjson", ".parquet")
 KINDS = (
@@ -39,7 +36,7 @@ Read = dict[str, Any] | DataError
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def cut_text(lines: Iterable[str], characters: int = TEXT_RECORD_CHARACTERS) -> Iterator[str]:
+def cut_text(lines: Iterable[str], characters: int) -> Iterator[str]:
     """Running text in pieces of at most `characters`, cut between paragraphs, else between lines, else anywhere."""
     piece, paragraph_end = "", 0
     for line in lines:
@@ -65,13 +62,20 @@ def is_text(path: Path) -> bool:
     return path.suffix not in RECORD_SUFFIXES
 
 
-def read_file(path: Path) -> Iterator[Read]:
-    """The records of one file, by its ending. Raises DataError if its kind is not read, or it is damaged as a whole."""
+def read_file(path: Path, piece_characters: int) -> Iterator[Read]:
+    """The records of one file, by its ending. Raises DataError if its kind is not read, or it is damaged as a whole.
+
+    piece_characters: a text file has no records of its own, so whole paragraphs up to this many characters make one.
+    """
     if path.suffix in UNREADABLE_SUFFIXES:
         raise DataError(f"{path}: files ending in {path.suffix} are not read; convert it to jsonl or parquet")
+
+    def text(path: Path) -> Iterator[Read]:
+        return _text(path, piece_characters)
+
     readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".parquet": _parquet, ".arrow": _arrow}
     try:
-        yield from readers.get(path.suffix, _text)(path)
+        yield from readers.get(path.suffix, text)(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start}); give {KINDS}") from error
     except OSError as error:
@@ -147,10 +151,10 @@ def _arrow(path: Path) -> Iterator[Read]:
         raise DataError(f"{path}: is not a whole arrow file ({error}); copy or download it again") from error
 
 
-def _text(path: Path) -> Iterator[Read]:
+def _text(path: Path, piece_characters: int) -> Iterator[Read]:
     # Bytes that are not UTF-8 become lone surrogates, by which the pieces they are in are known.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        for piece in cut_text(file):
+        for piece in cut_text(file, piece_characters):
             try:
                 piece.encode()
             except UnicodeEncodeError as error:

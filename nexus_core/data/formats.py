@@ -1,8 +1,9 @@
 """Shapes of a record: which of its fields are read, how they become text, and which part of that text is learnt.
 
 A data format is a Strategy (hook `nexus_data_formats`) whose function takes `(record, fields, tokenizer)` and returns
-a `Passage`, or a list of them; `fields` maps the format's roles to field names and may be empty. It raises DataError,
-without naming the source, if the record does not fit. Tokens are made afterwards, from many passages at once.
+a `Passage`, or what is `Written` in tokens already, or a list of them; `fields` maps the format's roles to field names
+and may be empty. It raises DataError, without naming the source, if the record does not fit. Tokens are made
+afterwards, from many passages at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nexus_core.data.conversations import PLACEHOLDERS, Turn, conversation
+from nexus_core.data.generated import COMPLETION, PROMPT, asked_by, generated
 from nexus_core.data.passages import MissingPromptError, Passage
 from nexus_core.errors import DataError, suggestion
 from nexus_core.types import Strategy
@@ -19,10 +21,22 @@ from nexus_core.types import Strategy
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["STRATEGIES", "MissingPromptError", "Passage", "detect", "opening", "roles"]
+__all__ = [
+    "ASKING",
+    "ROLES",
+    "STRATEGIES",
+    "MissingPromptError",
+    "Passage",
+    "asking_turns",
+    "detect",
+    "opening",
+    "roles",
+]
 
 # Field names that play a role when the recipe does not say: format, role, names in order of preference.
-ROLES: dict[str, dict[str, tuple[str, ...]]] = {
+Roles = Mapping[str, Mapping[str, tuple[str, ...]]]
+ROLES: Roles = {
+    "generated": {PROMPT: (PROMPT,), COMPLETION: (COMPLETION,)},
     "messages": {"messages": ("messages",)},
     "conversations": {"conversations": ("conversations", "conversation")},
     "prompt_response": {
@@ -30,6 +44,14 @@ ROLES: dict[str, dict[str, tuple[str, ...]]] = {
         "response": ("response", "answer", "output", "completion"),
     },
     "text": {"text": ("text", "content")},
+}
+
+# The same where a model is to write what follows: no response is needed.
+ASKING: Roles = {
+    "messages": ROLES["messages"],
+    "conversations": ROLES["conversations"],
+    "prompt_response": {"prompt": ROLES["prompt_response"]["prompt"]},
+    "text": ROLES["text"],
 }
 
 # Roles that a record may lack.
@@ -101,22 +123,23 @@ STRATEGIES = [
     Strategy("prompt_response", prompt_response, "two fields: prompt and response, also question and answer"),
     Strategy("messages", messages, "a conversation: messages, each with role and content; tools beside it"),
     Strategy("conversations", conversations, "a conversation: turns with from (human, gpt, ...) and value"),
+    Strategy("generated", generated, f"tokens that a model was given and wrote: {PROMPT}, {COMPLETION}"),
 ]
 
 
-def detect(field_names: Collection[str], fields: Mapping[str, str] | None = None) -> str:
+def detect(field_names: Collection[str], fields: Mapping[str, str] | None = None, formats: Roles = ROLES) -> str:
     """The format that records with these fields have. fields: roles the recipe names, which decide if given.
 
-    Raises DataError, naming the fields, if none fits.
+    formats: those to choose from, with the roles that each needs. Raises DataError, naming the fields, if none fits.
     """
-    for name, wanted in ROLES.items():
+    for name, wanted in formats.items():
         if fields and set(fields) & set(wanted):
             return name
-    known = {role for wanted in (*ROLES.values(), *OPTIONAL_ROLES.values()) for role in wanted}
+    known = {role for wanted in (*formats.values(), *OPTIONAL_ROLES.values()) for role in wanted}
     unknown = next((role for role in fields or {} if role not in known), None)
     if unknown:
         raise DataError(f"`fields` names the role '{unknown}'{suggestion(unknown, known)}")
-    for name, wanted in ROLES.items():
+    for name, wanted in formats.items():
         if all(set(candidates) & set(field_names) for candidates in wanted.values()):
             return name
     raise DataError(
@@ -125,12 +148,14 @@ def detect(field_names: Collection[str], fields: Mapping[str, str] | None = None
     )
 
 
-def roles(format_name: str, field_names: Collection[str], fields: Mapping[str, str]) -> dict[str, str]:
+def roles(
+    format_name: str, field_names: Collection[str], fields: Mapping[str, str], formats: Roles = ROLES
+) -> dict[str, str]:
     """The field that plays each role of a built-in format; optional ones only if they are there.
 
-    Raises DataError if one is missing or unknown.
+    formats: the roles that each needs. Raises DataError if one is missing or unknown.
     """
-    wanted, optional = ROLES[format_name], OPTIONAL_ROLES.get(format_name, {})
+    wanted, optional = formats[format_name], OPTIONAL_ROLES.get(format_name, {})
     for role in fields:
         if role not in wanted and role not in optional:
             raise DataError(f"format '{format_name}' has no role '{role}'{suggestion(role, {*wanted, *optional})}")
@@ -148,17 +173,19 @@ def roles(format_name: str, field_names: Collection[str], fields: Mapping[str, s
     return found
 
 
-def opening(format_name: str, record: Mapping[str, Any], fields: Mapping[str, str]) -> Any:
+def opening(format_name: str, record: Mapping[str, Any], fields: Mapping[str, str], formats: Roles = ROLES) -> Any:
     """What a record asks, or says if it asks nothing: by its hash the record is for training or held out.
 
     So the same question with other answers, in another format, or beside another number never lies on both sides.
     A record that does not fit its format, or of a plugin's format, is taken as a whole.
     """
+    if format_name == "generated":
+        return asked_by(record)
     try:
         if format_name == "text":
             asked = [_string(record, roles("text", record, fields)["text"])]
         elif format_name == "prompt_response":
-            names = roles("prompt_response", record, fields)
+            names = roles("prompt_response", record, fields, formats)
             asked = [turn["content"] for turn in _system(record, names)] + [_prompt(record, names)]
         elif format_name in ROLES:
             names = roles(format_name, record, fields)
@@ -173,6 +200,21 @@ def opening(format_name: str, record: Mapping[str, Any], fields: Mapping[str, st
         return record
     words = [" ".join(part.split()) for part in asked]
     return words if any(words) else record
+
+
+def asking_turns(format_name: str, record: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[list[Turn], Any]:
+    """The turns of a record that a model is to answer, and its tools.
+
+    format_name: one of `ASKING` that has turns. Raises MissingPromptError for an empty prompt, DataError if the record
+    does not fit.
+    """
+    names = roles(format_name, record, fields, ASKING)
+    if format_name != "prompt_response":
+        return [*_system(record, names), *_turns(record, names, format_name)], _tools(record, names)
+    prompt = _prompt(record, names)
+    if prompt.strip() in PLACEHOLDERS:
+        raise MissingPromptError("its prompt is empty")
+    return [*_system(record, names), {"role": "user", "content": prompt}], None
 
 
 def _string(record: Mapping[str, Any], name: str) -> str:

@@ -19,7 +19,7 @@ from nexus_core.data import formats
 from nexus_core.data.files import KINDS, RECORD_SUFFIXES, TEXT_SUFFIXES, Read, is_text, read_file
 from nexus_core.errors import DataError, suggestion
 from nexus_core.plugins import installed
-from nexus_core.recipe.schema import Source
+from nexus_core.recipe.schema import GENERATED, Records
 
 EMBEDDED = "embedded:"
 
@@ -35,7 +35,7 @@ class RecordStream:
     the latest iteration could not read; first_damage says what was wrong with the first.
     """
 
-    source: Source
+    source: Records
     pieces_of_text: bool
     read: Reader = field(repr=False)
     damaged: int = 0
@@ -70,7 +70,7 @@ class RecordStream:
         raise DataError(f"{self.source.path}: holds no records; give a source that does")
 
 
-def load_records(source: Source) -> RecordStream:
+def load_records(source: Records) -> RecordStream:
     """The records of a source; opens nothing yet, except a Hub data set's description.
 
     Raises DataError, with the way out, if there is no such file, folder, embedded set or Hub data set.
@@ -80,10 +80,10 @@ def load_records(source: Source) -> RecordStream:
         return RecordStream(source, False, lambda seed: _hub(source, seed))
     if place.is_dir():
         return _folder(source, place)
-    return RecordStream(source, is_text(place), lambda _: read_file(place))
+    return RecordStream(source, is_text(place), lambda _: read_file(place, source.piece_characters))
 
 
-def find_format(source: Source, field_names: Sequence[str]) -> str:
+def find_format(source: Records, field_names: Sequence[str]) -> str:
     """The name of the format of a source's records. Raises DataError, naming the source, if they do not fit it."""
     try:
         if source.format == "auto":
@@ -100,7 +100,7 @@ def find_format(source: Source, field_names: Sequence[str]) -> str:
     return name
 
 
-def check_source(source: Source, where: str) -> str:
+def check_source(source: Records, where: str) -> str:
     """The format of a source whose first record is there and fits; reads no more than that.
 
     where: what to put before an error, such as the recipe's line. Raises DataError.
@@ -113,6 +113,11 @@ def check_source(source: Source, where: str) -> str:
 
 def locate(path: str) -> Path | None:
     """The file or folder that a source names, or None for a Hub id. Raises DataError if it is none of these."""
+    if path.startswith(GENERATED):
+        raise DataError(
+            f"'{path}': what a model writes itself can be named in a recipe only, with a `generate` section; elsewhere "
+            "give the file that `nexus generate` wrote"
+        )
     if path.startswith(EMBEDDED):
         known = {item.name: item.path for item in installed().embedded().values() if item.kind == "data"}
         name = path.removeprefix(EMBEDDED)
@@ -130,7 +135,7 @@ def locate(path: str) -> Path | None:
     )
 
 
-def _folder(source: Source, folder: Path) -> RecordStream:
+def _folder(source: Records, folder: Path) -> RecordStream:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return RecordStream(source, False, lambda seed: _saved(source, folder, seed))
     suffixes = (*RECORD_SUFFIXES, *TEXT_SUFFIXES)
@@ -139,16 +144,16 @@ def _folder(source: Source, folder: Path) -> RecordStream:
         raise DataError(f"{folder}: holds neither a data set that `datasets` saved nor files ending in {suffixes}")
     if len({is_text(file) for file in files}) > 1:
         raise DataError(f"{folder}: mixes text files with files of records; name them as separate sources")
-    return RecordStream(source, is_text(files[0]), lambda seed: _files(files, seed))
+    return RecordStream(source, is_text(files[0]), lambda seed: _files(source, files, seed))
 
 
-def _files(files: Sequence[Path], seed: int | None) -> Iterator[Read]:
+def _files(source: Records, files: Sequence[Path], seed: int | None) -> Iterator[Read]:
     order = range(len(files)) if seed is None else np.random.default_rng(seed).permutation(len(files)).tolist()
     for number in order:
-        yield from read_file(files[number])
+        yield from read_file(files[number], source.piece_characters)
 
 
-def _saved(source: Source, folder: Path, seed: int | None) -> Iterator[Read]:
+def _saved(source: Records, folder: Path, seed: int | None) -> Iterator[Read]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -165,7 +170,7 @@ def _saved(source: Source, folder: Path, seed: int | None) -> Iterator[Read]:
     yield from saved if seed is None else saved.shuffle(seed=seed, keep_in_memory=True)
 
 
-def _hub(source: Source, seed: int | None) -> Iterator[Read]:
+def _hub(source: Records, seed: int | None) -> Iterator[Read]:
     from datasets import load_dataset
 
     try:

@@ -12,7 +12,7 @@ SHORTEST_DOCUMENT = 2
 class SourceReport:
     """What became of one source's records, so that nothing is left out in silence.
 
-    records: read, of which `other_part` belong to the other part of the split and the next five could not be used;
+    records: read, of which `other_part` belong to the other part of the split and the next six could not be used;
     first_problem is one of the unreadable ones' errors. oversize: used, but only their beginning. documents, tokens:
     what was made of the rest; a conversation may give several. passes: how often it was read to its end.
     """
@@ -27,6 +27,7 @@ class SourceReport:
     nothing_to_learn: int = 0
     unreadable: int = 0
     first_problem: str = ""
+    too_long: int = 0
     oversize: int = 0
     documents: int = 0
     tokens: int = 0
@@ -39,6 +40,7 @@ class SourceReport:
             f"shorter than {SHORTEST_DOCUMENT} tokens": self.too_short,
             "without a prompt": self.missing_prompt,
             "without anything to learn": self.nothing_to_learn,
+            "too long": self.too_long,
             "unreadable": self.unreadable,
         }
         parts = [f"{count:,} {reason}" for reason, count in counts.items() if count]

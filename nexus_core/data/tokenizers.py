@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,24 @@ def end_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
             f"{tokenizer.name_or_path}: its tokenizer has no end token; set eos_token in tokenizer_config.json"
         )
     return int(known)
+
+
+def reply_end_ids(tokenizer: PreTrainedTokenizerFast, stated: Sequence[int]) -> list[int]:
+    """The tokens that end a model's reply: those its generation settings state, and what ends a turn or a document.
+
+    A tokenizer's end token may end documents only, while the chat template closes a turn with another.
+    """
+    ends = list(stated)
+    if tokenizer.chat_template:
+        mark = "the answer"
+        turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
+        finished = tokenizer.apply_chat_template(turns, tokenize=False)
+        after = tokenizer(str(finished).rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+        if after and after[0] in tokenizer.added_tokens_decoder:
+            ends.append(after[0])
+    if not ends and tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    return list(dict.fromkeys(ends))
 
 
 def begin_token_id(tokenizer: PreTrainedTokenizerFast) -> int | None:

@@ -23,6 +23,11 @@ class OutputHead:
     def vocabulary_size(self) -> int:
         return self.weight.shape[0]
 
+    def on(self, device: torch.device) -> OutputHead:
+        """The head with its numbers on a device; itself if they are there."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return OutputHead(self.weight.to(device), bias, self.scale)
+
     def first_tokens(self, vocabulary_size: int) -> OutputHead:
         """The head of the first tokens of the vocabulary only."""
         bias = None if self.bias is None else self.bias[:vocabulary_size]

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from nexus_core.additions import RouterDelta, SharedExpert
+from nexus_core.additions import RouterDelta, SharedExpert, router_tensors
 from nexus_core.errors import UsageError
 from nexus_core.families.layout import ROUTER_DELTA, SHARED_EXPERT, Layout, installed_layouts
 from nexus_core.families.rules import ADDED_SELECTION_BIAS
@@ -177,7 +177,7 @@ class ExtendedModel(StrictlyLoaded):
             setattr(found.router, ROUTER_DELTA, self._new_router_delta().to(_device(found.router)))
 
     def _new_shared_expert(self, width: int) -> SharedExpert:
-        activation = partial(gated, ACT2FN[self.config.hidden_act])
+        activation = partial(gated, ACT2FN[getattr(self.config, "hidden_act", "silu")])
         shared_expert = SharedExpert(self.config.hidden_size, width, activation, has_bias=False)
         for linear in (shared_expert.gate_proj, shared_expert.up_proj):
             self._init_weights(linear)
@@ -221,13 +221,8 @@ class _ChangedRouting:
         hidden_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
         changed_TE = logits_TE + delta(hidden_TD.to(delta.weight.dtype))
         tensors = router_tensors(router) | {ADDED_SELECTION_BIAS: delta.selection_bias}
-        changed_TK, indices_TK = self.layout.gate_weights(self.settings, changed_TE, tensors)
+        changed_TK, indices_TK = self.layout.route(self.settings, changed_TE, tensors)
         return changed_TE, changed_TK.to(weights_TK.dtype), indices_TK
-
-
-def router_tensors(router: nn.Module) -> dict[str, torch.Tensor]:
-    """A router's own tensors by name: parameters and buffers, without those of its change."""
-    return dict(router.named_parameters(recurse=False)) | dict(router.named_buffers(recurse=False))
 
 
 def _device(module: nn.Module) -> torch.device:

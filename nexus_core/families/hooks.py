@@ -118,7 +118,7 @@ class TransformersFamilies:
     def nexus_gate_weights(
         self, config: Config, logits: torch.Tensor, router: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layout(config).gate_weights(config, logits, router)
+        return self.layout(config).route(config, logits, router)
 
     @hookimpl
     def nexus_neuron_activations(self, config: Config, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,11 +97,15 @@ class Layout:
     block, router: names of the modules, in a decoder layer and in the block. The block calls its router, whose forward
     returns logits (T, E), weights and indices (T, K), and holds `experts.gate_up_proj` (E, 2F, D) and
     `experts.down_proj` (E, D, F). stored_experts, stored_router: their names on disk under `model.layers.N.`.
-    experts, expert_width: what config.json calls E and F; the first name that is there counts.
+    stored_names: of every other tensor that transformers renames when it loads the family, its name in memory and its
+    name on disk, both under `model.layers.N.`.
+    experts, expert_width, experts_per_token: what config.json calls E, F and K: a name, or several of which the first
+    that is there counts.
     layers: which decoder layers hold experts. kept_float32: parts of the names of tensors that are never rounded.
     matrix_suffixes: what the names of the tensors that store one matrix end in, beside its own.
 
-    A family with another storage than dense numbers overrides `storage`, `parts`, `prepare` and `check`.
+    A family with another storage than dense numbers overrides `storage`, `parts`, `prepare` and `check`; one whose
+    config says its sizes in another way overrides `describe`.
     """
 
     model_type: str
@@ -111,8 +115,10 @@ class Layout:
     router: str = "gate"
     stored_experts: PerExpert | Fused = PerExpert()
     stored_router: str = "mlp.gate.weight"
-    experts: tuple[str, ...] = ("num_experts", "num_local_experts")
-    expert_width: str = "moe_intermediate_size"
+    stored_names: Mapping[str, str] = field(default_factory=dict, hash=False)
+    experts: str | tuple[str, ...] = ("num_experts", "num_local_experts")
+    expert_width: str | tuple[str, ...] = "moe_intermediate_size"
+    experts_per_token: str | tuple[str, ...] = "num_experts_per_tok"
     layers: Callable[[Config], list[int]] = every_layer
     kept_float32: tuple[str, ...] = ()
     matrix_suffixes: tuple[str, ...] = ()
@@ -127,8 +133,8 @@ class Layout:
             family=self.model_type,
             model_type=str(config["model_type"]),
             layers=tuple(self.layers(config)),
-            experts=size(config, *self.experts),
-            experts_per_token=size(config, "num_experts_per_tok"),
+            experts=size(config, self.experts),
+            experts_per_token=size(config, self.experts_per_token),
             hidden_size=size(config, "hidden_size"),
             expert_width=size(config, self.expert_width),
             vocabulary_size=size(config, "vocab_size"),
@@ -140,6 +146,22 @@ class Layout:
         if not described.layers:
             raise CheckpointError("config.json: by its numbers no layer has experts, so there is nothing to convert")
         return described
+
+    def route(
+        self, config: Config, logits_TE: torch.Tensor, router: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate weights and expert indices (T, K) by the family's rule, which finds K as `num_experts_per_tok`.
+
+        Raises PluginError if the rule asks for a setting or a tensor that is not there.
+        """
+        settings = {**config, "num_experts_per_tok": self.describe(config).experts_per_token}
+        try:
+            return self.gate_weights(settings, logits_TE, router)
+        except KeyError as error:
+            raise PluginError(
+                f"the routing rule of {self.model_type} asks for {error}, which is neither in config.json nor among "
+                f"the router's own tensors ({', '.join(router)})"
+            ) from error
 
     def locations(self, config: Config) -> list[ExpertLocation]:
         """Where each routed expert lies, by layer, then expert."""
@@ -222,9 +244,10 @@ def number_type(config: Config) -> str:
     return name
 
 
-def size(config: Config, *names: str) -> int:
+def size(config: Config, names: str | tuple[str, ...]) -> int:
     """A size by the first of its names that the config has. Raises CheckpointError if it is no positive number."""
-    name = next((name for name in names if config.get(name) is not None), names[0])
+    names = (names,) if isinstance(names, str) else names
+    name = next((name for name in names if config.get(name) is not None), " or ".join(names))
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         found = "is missing" if value is None else f"is {value!r}, not a positive number"

@@ -1,8 +1,8 @@
 """Routing rules that several families have in common: logits to gate weights and indices.
 
-A rule is called with the config, logits (T, E), and the router's own tensors by name, for families whose choice of
-experts depends on more than the logits. It computes in float32, as transformers does; whether the model rounds the
-weights afterwards is its own business.
+A rule is called with the config, in which K is `num_experts_per_tok` whatever the family calls it, logits (T, E), and
+the router's own tensors by name, for families whose choice of experts depends on more than the logits. It computes in
+float32, as transformers does; whether the model rounds the weights afterwards is its own business.
 
     # T tokens, E experts, G groups of experts, K experts per token
 """
@@ -24,8 +24,9 @@ Rule: TypeAlias = "Callable[[Config, torch.Tensor, RouterTensors], tuple[torch.T
 # What transformers calls a router's selection bias (E,), which no gradient trains.
 SELECTION_BIAS = "e_score_correction_bias"
 
-# What `nexus_core.additions.RouterDelta` adds to it, or to the logits of a router that has none.
-ADDED_SELECTION_BIAS = "selection_bias"
+# What `nexus_core.additions.RouterDelta` adds to it, or to the logits of a router that has none: under a name that no
+# router's own tensor has.
+ADDED_SELECTION_BIAS = "nexus_selection_bias"
 
 
 def top_k_of_softmax(*, weights_sum_to_one: Callable[[Config], bool]) -> Rule:

@@ -19,7 +19,8 @@ from nexus_core.families.strict import refuse
 def conversions(layout: Layout) -> list[WeightConverter | WeightRenaming]:
     """How transformers turns the names and tensors on disk into those in memory, and back when it saves.
 
-    Only experts and router are named: everything else, NEXUS's additions too, is called the same in both places.
+    Only experts, router and the layout's `stored_names` are named: everything else, NEXUS's additions too, is called
+    the same in both places.
     """
     in_memory, stored = f"{layout.block}.experts", layout.stored_experts
     found: list[WeightConverter | WeightRenaming] = []
@@ -35,6 +36,7 @@ def conversions(layout: Layout) -> list[WeightConverter | WeightRenaming]:
     router = f"{layout.block}.{layout.router}.weight"
     if layout.stored_router != router:
         found.append(WeightRenaming(_pattern(layout.stored_router), router))
+    found += [WeightRenaming(_pattern(stored), name) for name, stored in layout.stored_names.items()]
     return found
 
 

@@ -62,7 +62,7 @@ def refuse(source: str, missing: list[str], unknown: list[str], misshapen: list[
     if problems:
         raise CheckpointError(
             f"{source}: its tensors do not fit its config.json ({'; '.join(problems)}); "
-            "copy, download or convert the checkpoint again"
+            "copy, download or convert the checkpoint again; or, if you write its plugin, make its names those on disk"
         )
 
 

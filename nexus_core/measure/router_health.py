@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,6 +45,16 @@ class RouterHealth:
             self.compared_tokens += tokens
             self._base_entropy = _added(self._base_entropy, [entropy_sum(logits_TE) for logits_TE in base])
             self._l1 = _added(self._l1, [l1_sum(ours, theirs) for ours, theirs in zip(student, base, strict=True)])
+
+    def add_up(self, summed: Callable[[torch.Tensor], torch.Tensor], layers: int) -> None:
+        """Make these the sums over several processes. summed: gives the sum of all processes' tensors, on the CPU.
+
+        layers: how many there are, for a process that has seen no token.
+        """
+        zeros_L = torch.zeros(layers, dtype=torch.float64)
+        sums = (zeros_L if each is None else each.cpu() for each in (self._entropy, self._base_entropy, self._l1))
+        self._entropy, self._base_entropy, self._l1 = summed(torch.stack(list(sums))).unbind()
+        self.tokens, self.compared_tokens = summed(torch.tensor([self.tokens, self.compared_tokens])).tolist()
 
     @property
     def entropy(self) -> torch.Tensor:

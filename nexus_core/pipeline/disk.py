@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nexus_core.checkpoint.writer import sync_folder
 from nexus_core.errors import NexusError, StageError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -76,18 +77,6 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def sync_folder(folder: Path, *, recursive: bool = True) -> None:
-    """Have a folder's content on the disk before going on. Hard links are skipped: their bytes are there already."""
-    for path in [*folder.rglob("*"), folder] if recursive else [folder]:
-        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _lies_under(filename: object, folder: Path) -> bool:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from nexus_core import __version__
+from nexus_core.processes import world
 from nexus_core.recipe.schema import Recipe
 
 # The libraries whose arithmetic ends up in the outputs.
@@ -28,4 +29,6 @@ def versions() -> dict[str, str]:
 
 def execution(recipe: Recipe, device: str) -> dict[str, Any]:
     """Everything about this execution that observers may want to record: the recipe's `run`, device, versions."""
-    return {**recipe.run.model_dump(mode="json"), "device": device, "versions": versions()}
+    # A launcher's number of processes goes before the recipe's.
+    processes = world().size
+    return {**recipe.run.model_dump(mode="json"), "processes": processes, "device": device, "versions": versions()}

@@ -11,7 +11,7 @@ from typing import Any
 from nexus_core.checkpoint.fingerprint import content_digest, digest
 from nexus_core.data.records import locate
 from nexus_core.errors import CheckpointError, DataError
-from nexus_core.recipe.schema import Recipe
+from nexus_core.recipe.schema import GENERATED, Recipe
 from nexus_core.stages.stage import Stage
 
 KEY_DIGITS = 16
@@ -63,6 +63,8 @@ def data_identity(path: str, revision: str | None = None, *, verify: bool = Fals
 
     The file's ending is part of it, because it decides how the file is read. Raises DataError if nothing is there.
     """
+    if path.startswith(GENERATED):
+        return path  # the key of the stage that writes it is among the inputs
     place = locate(path)
     if place is None:
         return f"hub:{path}@{revision or 'main'}"

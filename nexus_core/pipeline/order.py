@@ -9,7 +9,7 @@ from nexus_core.errors import UsageError, suggestion
 from nexus_core.stages.stage import Stage
 
 # A new stage is one module in nexus_core/stages with a STAGE, and its name here, after the stages it reads.
-NAMES = ("collect", "select", "convert", "capture", "train", "validate")
+NAMES = ("generate", "collect", "select", "convert", "capture", "train", "validate")
 
 
 def all_stages() -> tuple[Stage, ...]:

@@ -58,7 +58,7 @@ def plan_recipe(
     Raises CheckpointError, DataError or UsageError for what is missing, damaged or unknown.
     """
     known = all_stages() if stages is None else stages
-    wanted = up_to([stage for stage in known if stage.wanted(recipe)], until)
+    wanted = up_to([stage.for_recipe(recipe) for stage in known if stage.wanted(recipe)], until)
     checkpoint = checkpoint or open_checkpoint(recipe.model.path, recipe.model.revision)
     model = {"fingerprint": fingerprint(checkpoint.folder, verify=verify), "dtype": recipe.model.dtype}
     store = Store(Path(recipe.run.store).expanduser())

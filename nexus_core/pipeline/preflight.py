@@ -1,106 +1,180 @@
-"""What can be known before anything runs: whether model, data and recipe fit, and about what it will take.
-
-The estimates are sums that anyone can redo on paper, and leave out what cannot be known: activations, and what the
-libraries themselves need.
-"""
+"""What can be known before anything runs: whether model, data and recipe fit, and about what it will take."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from nexus_core.checkpoint.source import Checkpoint
+from nexus_core.data.prompts import check_prompts
 from nexus_core.data.records import check_source
-from nexus_core.distill.vocabulary import CHUNK_ELEMENTS
-from nexus_core.errors import DataError, PluginError, Problem, RecipeError
+from nexus_core.errors import DataError, PluginError, Problem, RecipeError, UsageError
+from nexus_core.estimate import (
+    Device,
+    ModelSize,
+    Remedy,
+    StageEstimate,
+    Workload,
+    estimate_stages,
+    find_device,
+    remedies,
+)
+from nexus_core.estimate.model import plain_costs
+from nexus_core.models import choose_device
+from nexus_core.pipeline.machine import found_device, free_disk_bytes, host_memory_bytes
+from nexus_core.processes import world
 from nexus_core.recipe.checks import check_against_model
-from nexus_core.recipe.schema import Recipe
-from nexus_core.types import MoeDescription
+from nexus_core.recipe.schema import Recipe, Records, Source
+from nexus_core.routing import ROUTER_DELTA
+from nexus_core.stages.collect import wanted_statistics
+from nexus_core.stages.train import training_objective
+from nexus_core.train.teacher_store import CHUNK_TOKENS
+from nexus_core.types import RunningCosts
 
-# Per trained parameter: float32 weight and gradient, and AdamW's two moments.
-TRAINING_BYTES = 16
-CHECKPOINT_BYTES = 12
-FLOAT32_BYTES = 4
-BFLOAT16_BYTES = 2
+# Some memory is always somebody else's: a stage whose estimate is this much of it is refused.
+REFUSED_ABOVE = 1.05
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a recipe will take: parameters, bytes, and tokens per stage.
+class Misfit:
+    """A stage that does not fit. where: "device", "host" or "disk". ways_out: changes that help, mildest first."""
 
-    stored_bytes: of the base checkpoint by part. memory_bytes: the model as it is held, plus what training adds,
-    plus logits of one chunk of tokens; without activations. disk_bytes: new files in the store.
+    stage: str
+    where: str
+    needs_bytes: int
+    has_bytes: int
+    ways_out: tuple[Remedy, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A recipe's estimate on a device. host_bytes: of this machine, None if the device is only named. stages: by name,
+    in order. free_disk_bytes: where the store is.
     """
 
-    trainable_parameters: int
-    stored_bytes: Mapping[str, int]
-    memory_bytes: int
-    disk_bytes: int
-    tokens: Mapping[str, int]
+    model: ModelSize
+    work: Workload
+    device: Device
+    host_bytes: int | None
+    stages: Mapping[str, StageEstimate]
+    free_disk_bytes: int
+
+    @property
+    def trainable_parameters(self) -> int:
+        return self.model.shared_numbers(self.work.width)
+
+    @property
+    def disk_bytes(self) -> int:
+        """New bytes of all stages."""
+        return sum(stage.disk_bytes for stage in self.stages.values())
+
+    @cached_property
+    def misfits(self) -> tuple[Misfit, ...]:
+        """Stages that need more memory than there is, and the disk, if all of them together need more."""
+        found = []
+        room = {"device": self.device.available_bytes, "host": self.host_bytes or 0}
+        for name, stage in self.stages.items():
+            where = stage.overflow(self.device, self.host_bytes)
+            if where:
+                needs = stage.memory.device_bytes if where == "device" else stage.memory.host_bytes
+                host = self.host_bytes if self.host_bytes is not None else needs
+                ways_out = remedies(self.model, self.work, self.device, host, name, where)
+                found.append(Misfit(name, where, needs, room[where], tuple(ways_out)))
+        if self.host_bytes is not None and self.disk_bytes > self.free_disk_bytes:
+            found.append(Misfit("all", "disk", self.disk_bytes, self.free_disk_bytes))
+        return tuple(found)
+
+    def refuse_misfits(self, stages: Collection[str]) -> None:
+        """Raises UsageError, with what to change, if one of the stages that are to run cannot fit."""
+        for misfit in self.misfits:
+            if misfit.where == "disk" or misfit.stage not in stages:
+                continue
+            # Packed experts are mapped from their files on a CPU: too little memory makes that slow, not impossible.
+            mapped = self.model.costs.packed_bytes if self.device.kind == "cpu" else 0
+            if misfit.needs_bytes - mapped > misfit.has_bytes * REFUSED_ABOVE:
+                raise UsageError(f"{self.sentence(misfit)}. To start it all the same, give --anyway")
+
+    def sentence(self, misfit: Misfit) -> str:
+        """What is too small for what, and what to change."""
+        if misfit.where == "disk":
+            return (
+                f"the stages write about {size(misfit.needs_bytes)} and the disk has {size(misfit.has_bytes)} free; "
+                "name another with run.store"
+            )
+        place = self.device.name if misfit.where == "device" else "the machine"
+        said = f"{misfit.stage} needs about {size(misfit.needs_bytes)} and {place} has {size(misfit.has_bytes)}"
+        ways = [way for way in misfit.ways_out if way.fits]
+        if ways:
+            options = "; or ".join(f"{' '.join(way.settings)} ({size(way.needs_bytes)})" for way in ways)
+            return f"{said}. Enough would be: {options}"
+        if misfit.ways_out:
+            best = misfit.ways_out[0]
+            return f"{said}. Not even {' '.join(best.settings)} would be enough ({size(best.needs_bytes)})"
+        return f"{said}; a smaller model or a larger device is needed"
 
 
 def check_inputs(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """See that the recipe fits the model and that all of its data is there. Raises RecipeError with all that is not."""
     problems = check_against_model(recipe, checkpoint.description)
-    for name, sources in recipe.data.items():
+    sets: list[tuple[str, Callable[[Any, str], str], Sequence[Records]]] = [
+        (f"data.{name}", check_source, sources) for name, sources in recipe.data.items()
+    ]
+    sets += [(f"generate.{name}.prompts", check_prompts, item.prompts) for name, item in recipe.generate.items()]
+    for key, check, sources in sets:
         for position, source in enumerate(sources):
-            where = recipe.location(f"data.{name}.{position}.path")
+            if isinstance(source, Source) and source.generated:
+                continue  # its prompts are looked at
+            where = recipe.location(f"{key}.{position}.path")
             try:
-                check_source(source, where)
+                check(source, where)
             except DataError as error:
-                problems.append(Problem(where, f"data.{name}.{position}", str(error).removeprefix(f"{where}: ")))
+                problems.append(Problem(where, f"{key}.{position}", str(error).removeprefix(f"{where}: ")))
     if problems:
         raise RecipeError(problems)
 
 
-def estimate(recipe: Recipe, checkpoint: Checkpoint) -> Estimate:
-    """What the recipe will take with this checkpoint, computed without loading it."""
-    description = checkpoint.description
-    trainable = shared_expert_parameters(description, recipe.convert.width)
-    stored = stored_bytes(checkpoint)
-    train, sets = recipe.train, len(recipe.data)
-    tokens = {
-        "collect": recipe.collect.tokens,
-        "train": train.max_steps * train.batch_size * train.gradient_accumulation * train.sequence_length,
-        "validate": recipe.validate_.samples * recipe.validate_.sequence_length * sets,
-    }
-    if train.teacher.kind == "offline":
-        tokens["capture"] = tokens["train"]
-    # Three buffers as wide as the vocabulary, over a chunk of tokens.
-    all_logits = train.batch_size * train.sequence_length * description.vocabulary_size
-    logits = 3 * min(all_logits, max(CHUNK_ELEMENTS.values())) * FLOAT32_BYTES
-    kept_inputs = 2 * recipe.collect.keep_inputs * len(description.layers) * description.hidden_size * FLOAT32_BYTES
-    # The newest checkpoint is written before the oldest goes.
-    checkpoints = CHECKPOINT_BYTES * trainable * (train.keep_checkpoints + 1)
-    return Estimate(
-        trainable_parameters=trainable,
-        stored_bytes=stored,
-        memory_bytes=sum(stored.values()) + TRAINING_BYTES * trainable + logits,
-        disk_bytes=kept_inputs + 2 * BFLOAT16_BYTES * trainable + checkpoints + captured_bytes(recipe, description),
-        tokens=tokens,
+def look_ahead(recipe: Recipe, checkpoint: Checkpoint, named: str | None = None, *, timed: bool = True) -> Preflight:
+    """What the recipe will take with this checkpoint, computed without reading a weight.
+
+    named: a device of the table instead of the one found here, e.g. "h200". timed: with the time it takes; on a CPU
+    that means to measure how fast it is. Raises UsageError if the table has no such device.
+    """
+    if named is None:
+        name = choose_device(recipe.run.device)
+        narrow = recipe.model.dtype == "bfloat16"
+        device = found_device(name, ("bfloat16" if narrow else "float32") if timed else None)
+        host_bytes = host_memory_bytes()
+    else:
+        device, host_bytes = find_device(named), None
+    model = model_size(checkpoint, device.kind)
+    work = Workload.of(
+        recipe,
+        device.kind,
+        gathers_neurons=wanted_statistics(recipe).expert_norms,
+        router_learns=ROUTER_DELTA in training_objective(recipe.train).routing.needs,
+        capture_tokens=CHUNK_TOKENS,
     )
+    work = replace(work, processes=max(work.processes, world().size))
+    stages = estimate_stages(model, work, device)
+    return Preflight(model, work, device, host_bytes, stages, free_disk_bytes(Path(recipe.run.store).expanduser()))
 
 
-def captured_bytes(recipe: Recipe, description: MoeDescription) -> int:
-    """What a stored teacher takes: distributions of kept text, and router logits, a byte an expert, of all text."""
-    train, teacher = recipe.train, recipe.train.teacher
-    if teacher.kind == "online":
-        return 0
-    tokens = train.max_steps * train.batch_size * train.gradient_accumulation * train.sequence_length
-    shares = train.data or dict.fromkeys(recipe.data, 1.0)
-    kept = sum(shares[name] for name in recipe.kept_sets) / sum(shares.values())
-    routers = len(description.layers) * (description.experts + 2) if teacher.stores_routers else 0
-    return round(tokens * (kept * teacher.bytes_per_token + routers))
+def model_size(checkpoint: Checkpoint, kind: str) -> ModelSize:
+    """Sizes and costs of a checkpoint on a kind of device: its family's answers, or what a plain family's would be."""
+    stored = stored_bytes(checkpoint)
+    return ModelSize(checkpoint.description, running_costs(checkpoint, stored, kind), stored)
 
 
-def shared_expert_parameters(description: MoeDescription, width: int | None) -> int:
-    """Parameters of one shared expert per layer: gate, up and down, and their biases where the experts have them."""
-    hidden, neurons = description.hidden_size, width or description.expert_width
-    biases = 2 * neurons + hidden if description.has_expert_biases else 0
-    return len(description.layers) * (3 * hidden * neurons + biases)
+def running_costs(checkpoint: Checkpoint, stored: Mapping[str, int], kind: str) -> RunningCosts:
+    """The family's own, or those of a plain one."""
+    try:
+        answer: RunningCosts = checkpoint.family.hook.nexus_running_costs(config=checkpoint.config, device=kind)
+    except PluginError:
+        return plain_costs(checkpoint.config, checkpoint.description, stored)
+    return answer
 
 
 def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
@@ -111,18 +185,9 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
         return {"tensors": sum(entry.stored_bytes for entry in checkpoint.reader.entries.values())}
 
 
-def free_disk_bytes(store: Path) -> int:
-    """Free bytes where the store is, or would be."""
-    place = store.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
-def device_memory_bytes(device: str) -> int:
-    """Memory of the device: a GPU's own, else the machine's."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def size(count: float) -> str:
+    """Bytes in the decimal units that disks are sold in."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count:.0f} B"

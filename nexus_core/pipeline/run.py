@@ -1,4 +1,7 @@
-"""Runs a recipe: reuses the stages whose outputs are there, runs the others, and tells observers."""
+"""Runs a recipe: reuses the stages whose outputs are there, runs the others, and tells observers.
+
+Of several processes, the first does what is here; the others follow it, see nexus_core.pipeline.follow.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nexus_core.checkpoint.source import open_checkpoint
-from nexus_core.errors import StageError, is_out_of_memory
 from nexus_core.models import choose_device
 from nexus_core.pipeline.environment import execution, versions
+from nexus_core.pipeline.failures import explained
+from nexus_core.pipeline.follow import dismiss, follow, with_followers
 from nexus_core.pipeline.observers import Observers
 from nexus_core.pipeline.order import from_there_on
 from nexus_core.pipeline.plan import Plan, Step, plan_recipe
-from nexus_core.pipeline.preflight import check_inputs
+from nexus_core.pipeline.preflight import check_inputs, look_ahead
 from nexus_core.pipeline.store import plain
 from nexus_core.plugins import installed
+from nexus_core.processes import world
 from nexus_core.progress import clock
 from nexus_core.recipe.load import resolved
 from nexus_core.recipe.schema import Recipe
@@ -28,12 +33,6 @@ from nexus_core.stages.stage import StageContext
 from nexus_core.types import RunDescription, StageOutcome
 
 OnOutcome = Callable[[StageOutcome], None]
-
-
-class Interrupted(StageError):
-    """The person at the keyboard, or the machine, asked the run to stop."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -54,23 +53,31 @@ def run_recipe(
     until: str | None = None,
     rerun: Iterable[str] = (),
     verify: bool = False,
+    anyway: bool = False,
     on_outcome: OnOutcome = lambda outcome: None,
 ) -> RunResult:
     """Run a recipe, up to the stage `until`, and return what came of it.
 
     rerun: stages to run again although their outputs are there; everything that reads them runs again too.
     verify: read every byte of the model for its fingerprint. on_outcome: called with each stage as it is there.
-    Nothing is written before model, data and recipe have been found to fit. Raises NexusError with the way out;
-    finished stages stay, and a stage that resumes keeps what it had.
+    Nothing is written before model, data and recipe have been found to fit, and every stage that has to run its memory,
+    by its estimate; anyway: start what does not fit its memory too. To be called by every process that takes
+    part, with the same arguments. Raises NexusError with the way out; finished stages stay, and a stage that resumes
+    keeps what it had.
     """
+    if not world().is_first:
+        return RunResult(recipe, follow(recipe, on_outcome=on_outcome))
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.revision)
     check_inputs(recipe, checkpoint)
     plan = plan_recipe(recipe, until=until, verify=verify, checkpoint=checkpoint)
+    if not anyway:
+        to_run = [step.stage.name for step in plan.steps if step.found is None or step.stage.name in rerun]
+        look_ahead(recipe, checkpoint, timed=False).refuse_misfits(to_run)
     return execute(plan, rerun=rerun, on_outcome=on_outcome)
 
 
 def execute(plan: Plan, *, rerun: Iterable[str] = (), on_outcome: OnOutcome = lambda outcome: None) -> RunResult:
-    """Carry out a plan. Raises as `run_recipe`."""
+    """Carry out a plan, on the first process. Raises as `run_recipe`."""
     again = from_there_on([step.stage for step in plan.steps], rerun)
     device = choose_device(plan.recipe.run.device)
     observers = Observers(installed())
@@ -99,6 +106,7 @@ def execute(plan: Plan, *, rerun: Iterable[str] = (), on_outcome: OnOutcome = la
             )
             on_outcome(outcome)
             observers.tell("nexus_stage_finished", run=run, outcome=outcome)
+        dismiss(outcomes)
         status = "done"
     finally:
         observers.tell("nexus_run_finished", run=run, status=status, outcomes=list(outcomes))
@@ -161,17 +169,21 @@ def _run(
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         started = time.monotonic()
         try:
-            metrics = plain(stage.run(context))
+            metrics = plain(with_followers(stage, context))
         except BaseException:
             if not stage.resumes:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+        backends = dict(plan.checkpoint.family.hook.nexus_backends())
+        if backends:
+            _say(stage.name, "computed by " + ", ".join(f"{name} ({part})" for part, name in backends.items()))
         record = store.finish(
             step.ingredients,
             seconds=time.monotonic() - started,
             metrics=metrics,
             created=created,
             versions=versions(),
+            backends=backends,
         )
     return StageOutcome(stage.name, step.key, step.path, False, record.seconds, record.metrics)
 
@@ -179,23 +191,14 @@ def _run(
 @contextmanager
 def _failures_told(step: Step, run: RunDescription, observers: Observers) -> Iterator[None]:
     """Tell observers of a stage that fails, and turn an interruption or lack of memory into a sentence."""
-    name = step.stage.name
     try:
         yield
-    except KeyboardInterrupt as error:
-        observers.tell("nexus_stage_failed", run=run, stage=name, error=error)
-        goes_on = f"{name} goes on where it stopped" if step.stage.resumes else f"{name} starts again"
-        raise Interrupted(
-            f"interrupted in {name}; finished stages are kept, type the same command again and {goes_on}"
-        ) from error
-    except Exception as error:
-        observers.tell("nexus_stage_failed", run=run, stage=name, error=error)
-        if is_out_of_memory(error):
-            raise StageError(
-                f"{name}: out of memory on {run.execution['device']}; lower its batch_size or sequence_length, "
-                "or set train.gradient_checkpointing: true"
-            ) from error
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        observers.tell("nexus_stage_failed", run=run, stage=step.stage.name, error=error)
+        clear = explained(error, step.stage, run.execution["device"])
+        if clear is error:
+            raise
+        raise clear from error
 
 
 def _say(stage: str, text: str) -> None:

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nexus_core.pipeline.disk import atomic_folder, storage_errors, sync_folder
+from nexus_core.checkpoint.writer import remove_partial_files, sync_folder
+from nexus_core.pipeline.disk import atomic_folder, storage_errors
 from nexus_core.pipeline.keys import Ingredients
 from nexus_core.pipeline.locks import exclusive
 
@@ -29,7 +30,10 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What `stage.json` says of an output: what it was made from, when, with what, and its final numbers."""
+    """What `stage.json` says of an output: what it was made from, when, with what, and its final numbers.
+
+    backends: which implementation did which part of the work, as far as the family tells.
+    """
 
     name: str
     key: str
@@ -42,6 +46,7 @@ class StageRecord:
     metrics: Mapping[str, float | int | str]
     created: str
     versions: Mapping[str, str] = field(default_factory=dict)
+    backends: Mapping[str, str] = field(default_factory=dict)
 
 
 class Store:
@@ -61,7 +66,8 @@ class Store:
     def records(self, stage: str) -> list[StageRecord]:
         """All whole outputs of a stage, newest first."""
         folder = self.root / stage
-        found = [read_record(child) for child in folder.iterdir()] if folder.is_dir() else []
+        # What is being written, or was when its process was killed, has a name that begins with a point.
+        found = [read_record(child) for child in folder.glob("[!.]*")] if folder.is_dir() else []
         return sorted((record for record in found if record), key=lambda record: record.created, reverse=True)
 
     @contextmanager
@@ -94,6 +100,7 @@ class Store:
         metrics: Mapping[str, float | int | str],
         created: str,
         versions: Mapping[str, str],
+        backends: Mapping[str, str],
     ) -> StageRecord:
         """Write the record into the partial folder and put it in its place, over an older output of the same key."""
         stage, key = ingredients.stage, ingredients.key
@@ -114,8 +121,10 @@ class Store:
             metrics=plain(metrics),
             created=created,
             versions=versions,
+            backends=backends,
         )
         with storage_errors(self.root, self._advice):
+            remove_partial_files(partial)
             (partial / STAGE_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n")
             # The rename must not reach the disk before the content does.
             sync_folder(partial)

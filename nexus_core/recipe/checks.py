@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import Any
 
 from nexus_core.errors import Problem, suggestion
 from nexus_core.plugins import installed
 from nexus_core.recipe.explain import unknown_name
 from nexus_core.recipe.located import KeyPath, Located, dotted
-from nexus_core.recipe.schema import Recipe
+from nexus_core.recipe.schema import GENERATED, Recipe
+from nexus_core.recipe.training import Train
 from nexus_core.types import MergeRequest, MoeDescription
 
 AUTO_FORMAT = "auto"
@@ -34,16 +36,28 @@ def check_names(located: Located) -> list[Problem]:
                 _at(located, (section, "data"), "names no data set; name one, or remove the key to use all")
             )
     problems += _learn(located, shares["train"], sets)
-    return problems + _losses(located)
+    return problems + _generated(located, sets) + _losses(located)
 
 
 def check_execution(located: Located) -> list[Problem]:
-    """Ways of running that this version does not have."""
-    processes, deepspeed = located.at(("run", "processes")), located.at(("run", "deepspeed"))
-    message = "training over several processes is not available yet; remove run.processes and run.deepspeed"
-    if isinstance(processes, int) and processes > 1:
-        return [_at(located, ("run", "processes"), message)]
-    return [_at(located, ("run", "deepspeed"), message)] if isinstance(deepspeed, dict) else []
+    """Ways of running that this machine does not have, or that leave processes without work."""
+    problems = []
+    deepspeed, processes = _mapping(located, ("run", "deepspeed")), located.at(("run", "processes"))
+    if deepspeed and deepspeed.get("zero_stage") != 0 and find_spec("deepspeed") is None:
+        message = "needs the package deepspeed, which is not installed; install it, or remove the key"
+        problems.append(_at(located, ("run", "deepspeed"), message))
+    batch_size, accumulation = (
+        _mapping(located, ("train",)).get(name, Train.model_fields[name].default)
+        for name in ("batch_size", "gradient_accumulation")
+    )
+    counts = (processes, batch_size, accumulation)
+    if all(isinstance(count, int) and count > 0 for count in counts) and processes > batch_size * accumulation:
+        message = (
+            f"is {processes}, but a step has {batch_size * accumulation} sequences to share (train.batch_size "
+            f"{batch_size} x train.gradient_accumulation {accumulation}); write at most as many, or raise one of these"
+        )
+        problems.append(_at(located, ("run", "processes"), message))
+    return problems
 
 
 def check_against_model(recipe: Recipe, description: MoeDescription) -> list[Problem]:
@@ -125,6 +139,30 @@ def _data_sets(located: Located, sets: dict[str, Any]) -> list[Problem]:
             if isinstance(shape, str) and shape not in formats:
                 path: KeyPath = ("data", name, index, "format")
                 problems.append(unknown_name(located, path, "data format", shape, formats))
+    return problems
+
+
+def _generated(located: Located, sets: dict[str, Any]) -> list[Problem]:
+    """Sources that read what nobody writes, and text written for no source."""
+    written = _mapping(located, ("generate",))
+    problems, read = [], set()
+    for set_name, sources in sets.items():
+        for index, source in enumerate(sources if isinstance(sources, list) else ()):
+            place = source.get("path") if isinstance(source, dict) else None
+            if not isinstance(place, str) or not place.startswith(GENERATED):
+                continue
+            name = place.removeprefix(GENERATED)
+            read.add(name)
+            if name not in written:
+                path: KeyPath = ("data", set_name, index, "path")
+                problems.append(unknown_name(located, path, "section under generate called", name, written))
+    for name in written if sets else ():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            message = "is made of letters, digits, '_' and '-' only, because a file is called so; rename it"
+            problems.append(Problem(located.place(("generate", name)).key, f"generate.{name}", message))
+        elif name not in read:
+            message = f"is read by no data set; write 'path: {GENERATED}{name}' under data, or remove it"
+            problems.append(Problem(located.place(("generate", name)).key, f"generate.{name}", message))
     return problems
 
 

@@ -131,7 +131,9 @@ def _value(model: type[BaseModel], key: str, field: FieldInfo) -> str:
     if section_in(field.annotation) is not None and kinds_of(field.annotation) <= {dict, NoneType}:
         if key == "losses":
             return "a weight or a section by name, below"
-        return "sets of sources, below" if key == "data" else "a section, below"
+        if key == "data":
+            return "sets of sources, below"
+        return "sections by name, below" if is_by_name(field.annotation) else "a section, below"
     return re.sub(r"'([^']+)'", r"`\1`", expected(field.annotation, field.metadata))
 
 

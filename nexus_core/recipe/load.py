@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 
@@ -58,11 +58,12 @@ def section_from(
 ) -> SectionModel:
     """One section of a recipe as a command's flags give it: `section_from(Select, {"top_k": 24}, ("scale=2",))`.
 
-    section: the model of a top-level section. values: by key; None is a flag that was not given. assignments: what
-    `--set` got, with keys inside the section. Checked and completed like a recipe's; raises RecipeError naming flags.
+    section: the model of a top-level section, or of those that one holds by name. values: by key; None is a flag that
+    was not given. assignments: what `--set` got, with keys inside the section. Checked and completed like a recipe's;
+    raises RecipeError naming flags.
     """
     fields = {field.alias or name: field for name, field in Recipe.model_fields.items()}
-    name = next(key for key, field in fields.items() if field.annotation is section)
+    name = next(key for key, field in fields.items() if section in (field.annotation, *get_args(field.annotation)))
     given = {key: deepcopy(value) for key, value in values.items() if value is not None}
     command = Place(f"nexus {name}", f"nexus {name}")
     flags = {key: f"--{key.replace('_', '-')}" for key in given}

@@ -10,10 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
 from nexus_core.recipe.sections import Count, Name, Section, StrategySection, Weight
 from nexus_core.recipe.training import Train
+
+# What a source's path begins with whose text the base writes itself.
+GENERATED = "generated:"
 
 
 class Model(Section):
@@ -24,22 +27,56 @@ class Model(Section):
     )
 
 
-class Source(Section):
+class Records(Section):
     path: Name = Field(
         description="A file (jsonl, json, parquet, arrow, text), a folder of these or one that `datasets` saved, a Hub "
         "id, or `embedded:NAME`; see data.md."
     )
-    weight: Weight = Field(1.0, description="Share of this source within its set, relative to the others'.")
     format: str = Field("auto", description="Shape of a record; `auto` goes by the field names.")
     fields: dict[str, str] = Field({}, description="Which field plays which role, e.g. `{prompt: question}`.")
     config: str | None = Field(None, description="Configuration of a Hub data set.")
     split: str = Field("train", description="Split of a Hub data set or saved folder.")
     revision: str | None = Field(None, description="Commit, branch or tag of a Hub data set.")
     max_records: Count | None = Field(None, description="Read no more than this many records, the first as stored.")
+    piece_characters: Annotated[int, Field(ge=50)] = Field(
+        2_000, description="Running text: whole paragraphs up to so many characters make one record."
+    )
+
+
+class Source(Records):
+    path: Name = Field(
+        description="A file (jsonl, json, parquet, arrow, text), a folder of these or one that `datasets` saved, a Hub "
+        "id, `embedded:NAME`, or `generated:NAME` for what the base itself writes (`generate.NAME`); see data.md."
+    )
+    weight: Weight = Field(1.0, description="Share of this source within its set, relative to the others'.")
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1,
         description="Share of records, chosen by a hash of what they ask, kept from training and used by `validate`.",
     )
+
+    @property
+    def generated(self) -> str | None:
+        """The name under `generate` of the text it reads; None if it reads something else."""
+        return self.path.removeprefix(GENERATED) if self.path.startswith(GENERATED) else None
+
+
+class Generate(Section):
+    prompts: Annotated[list[Records], Field(min_length=1)] = Field(
+        description="What the base is given: prompts and conversations in its chat template, running text as it is."
+    )
+    max_new_tokens: Count = Field(512, description="Tokens written after a prompt, at most; longer ones are cut.")
+    max_prompt_tokens: Count = Field(
+        1024, description="Longer prompts are left out; of longer running text only the beginning is used."
+    )
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="1 draws from the base's own distribution, 0 always takes its likeliest token."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Draw from the likeliest tokens that together have this probability."
+    )
+    samples: Count = Field(1, description="Completions per prompt.")
+    batch_size: Count = Field(16, description="Completions written at once.")
+    seed: int = Field(0, description="Seed of the draws.")
 
 
 class Sampling(Section):
@@ -115,15 +152,38 @@ class Tracking(Section):
 
 
 class DeepSpeed(Section):
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        description="What lies in parts on all processes: nothing at 0, the optimizer's numbers from 1, gradients from "
+        "2, the base model from 3.",
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="What lies in the machine's memory instead of the GPU's: the optimizer's numbers, or, at stage 3, "
+        "the base model too.",
+    )
+
+    @model_validator(mode="after")
+    def _offload_has_something_to_move(self) -> DeepSpeed:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload: {self.offload} moves what lies in parts from zero_stage {least} on, and zero_stage is "
+                f"{self.zero_stage}; write zero_stage: {least}, or offload: none"
+            )
+        return self
 
 
 class Run(Section):
     store: str = Field("runs", description="Folder of all stages' outputs.")
     device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`; `auto` is a GPU if there is one.")
     tracking: Tracking = Field(Tracking(), description="MLflow.")
-    processes: Count = Field(1, description="Processes to train with.")
-    deepspeed: DeepSpeed | None = Field(None, description="DeepSpeed ZeRO, for more than one process.")
+    processes: Count = Field(
+        1, description="Processes that share the work of `generate`, `collect`, `capture`, `train` and `validate`."
+    )
+    deepspeed: DeepSpeed | None = Field(
+        None, description="DeepSpeed ZeRO for training; without it every process holds all there is."
+    )
 
 
 class Recipe(Section):
@@ -131,6 +191,9 @@ class Recipe(Section):
     model: Model = Field(description="The base model.")
     data: dict[str, Annotated[list[Source], Field(min_length=1)]] = Field(
         description="Named sets of text, each a list of sources mixed by weight. The names are yours."
+    )
+    generate: dict[str, Generate] = Field(
+        {}, description="Text that the base writes itself, by a name that sources of `data` give as `generated:NAME`."
     )
     collect: Collect = Field(Collect(), description="Router statistics over a mix of the data.")
     select: Select = Field(Select(), description="Which experts the shared expert is built from.")

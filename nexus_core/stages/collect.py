@@ -23,12 +23,15 @@ from nexus_core.data.documents import Part
 from nexus_core.data.samples import Sample, choose_shares, draw
 from nexus_core.errors import UsageError
 from nexus_core.models import compute_dtype, load
+from nexus_core.processes import world
 from nexus_core.progress import Progress
 from nexus_core.recipe.schema import Collect, Recipe, Source
+from nexus_core.stages.merge_collected import REPORT_NAME
+from nexus_core.stages.parts import forget_parts, in_parts
 from nexus_core.stages.router_pass import RoutedBatch, RouterPass, batches
 from nexus_core.stages.shards import WHOLE, Shard
-from nexus_core.stages.stage import Metrics, Stage, StageContext
-from nexus_core.stages.standing import Standing
+from nexus_core.stages.stage import GENERATE, Metrics, Stage, StageContext
+from nexus_core.stages.standing import Standing, forget
 from nexus_core.stages.strategies import choose_strategy
 from nexus_core.statistics import kept_inputs, moments, probabilities
 from nexus_core.statistics.activity import ExpertActivity
@@ -38,8 +41,6 @@ from nexus_core.statistics.moments import RouterStatistics
 from nexus_core.statistics.probabilities import ProbabilityWriter
 from nexus_core.statistics.saliency import FILE_NAME as SALIENCY_NAME
 from nexus_core.statistics.saliency import NEED, NeuronSaliency
-
-REPORT_NAME = "sampling_report.json"
 
 # What strategies call the statistics in their `needs` that are gathered only with `expert_norms`.
 NEED_EXPERT_NORMS = frozenset({"expert_norms", NEED})
@@ -66,17 +67,46 @@ def collect(
     Of a converted or trained model it is the base in it that is asked. sets: the sources of each data set by name;
     `settings.data` tells their shares; with `settings.expert_norms` a second file tells what neurons do. part: which
     side of each source's split is used. shard: route only a part of the tokens; `merge_collected` makes one of several.
-    What an interrupted try left in `out` is gone on with, to the same bits. Raises DataError if data is missing or
+    What an interrupted try left in `out` is gone on with, to the same bits, by the same number of processes; several
+    share the batches, which gives the same numbers to rounding in float64. Raises DataError if data is missing or
     unusable, StageError if a router gives numbers that are not finite or memory runs out.
     """
+    if shard != WHOLE and not world().alone:
+        raise UsageError(f"--shard {shard}: several processes share the tokens by themselves; leave one of the two out")
     shares = choose_shares(settings.data, sets)
     samples = draw(checkpoint, sets, shares, settings, part)
-    tokens = sum(sample.sequences.tokens for sample in samples)
-    shortfalls = [sample.shortfall for sample in samples if sample.shortfall]
-    for warning in shortfalls:
-        log.warning("%s", warning)
-
+    for sample in samples:
+        if sample.shortfall:
+            log.warning("%s", sample.shortfall)
     work = batches(samples, settings.batch_size)
+
+    def route(folder: Path, part: Shard) -> Metrics:
+        return _route(checkpoint, samples, work, settings, folder, part, device, dtype, report)
+
+    if world().alone:
+        metrics = route(out, shard)
+    else:
+        metrics = in_parts(route, len(work), _identity(work, settings, WHOLE), out)
+    if world().is_first:
+        # Also of a try with another number of processes.
+        forget(out)
+        forget_parts(out)
+    return metrics
+
+
+def _route(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    work: Sequence[RoutedBatch],
+    settings: Collect,
+    out: Path,
+    shard: Shard,
+    device: str,
+    dtype: torch.dtype | None,
+    report: Report,
+) -> Metrics:
+    """Route one part of the batches and write what came of it into `out`."""
+    tokens = sum(sample.sequences.tokens for sample in samples)
     first, last = shard.of(len(work))
     passed, ours = (sum(batch.tokens for batch in part) for part in (work[:first], work[first:last]))
     moe = checkpoint.description
@@ -111,11 +141,10 @@ def collect(
         "strategy": settings.sampling.strategy,
         "wanted_tokens": settings.tokens,
         "tokens": statistics.tokens,
-        "warnings": shortfalls,
+        "warnings": [sample.shortfall for sample in samples if sample.shortfall],
         "sets": {sample.name: sample.report for sample in samples},
     }
     write_json(out / REPORT_NAME, report_file)
-    standing.forget()
     entropy_L = statistics.mean_entropy()
     return {
         "tokens": statistics.tokens,
@@ -160,7 +189,8 @@ def _probability_writer(count: int, checkpoint: Checkpoint, out: Path) -> Probab
         return None
     moe = checkpoint.description
     size = probabilities.stored_bytes(count, len(moe.layers), moe.experts)
-    sys.stderr.write(f"{probabilities.FILE_NAME}: {count:,} tokens will take {size / 1e6:,.1f} MB\n")
+    if world().is_first:
+        sys.stderr.write(f"{probabilities.FILE_NAME}: {count:,} tokens will take {size / 1e6:,.1f} MB\n")
     free = shutil.disk_usage(out).free
     there = out / probabilities.FILE_NAME
     if size > free + (there.stat().st_size if there.is_file() else 0):
@@ -227,7 +257,7 @@ def wanted_statistics(recipe: Recipe) -> Collect:
 def _run(context: StageContext) -> Metrics:
     return collect(
         context.checkpoint,
-        context.recipe.data,
+        context.data,
         wanted_statistics(context.recipe),
         context.out,
         device=context.device,
@@ -236,4 +266,13 @@ def _run(context: StageContext) -> Metrics:
     )
 
 
-STAGE = Stage(name="collect", version=3, inputs=(), settings=_settings, run=_run, resumes=True)
+STAGE = Stage(
+    name="collect",
+    version=3,
+    inputs=(GENERATE,),
+    settings=_settings,
+    run=_run,
+    sets=lambda recipe: recipe.collect.data or recipe.data,
+    resumes=True,
+    splits=True,
+)

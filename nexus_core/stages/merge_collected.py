@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 from nexus_core.checkpoint.writer import write_json, write_shard
 from nexus_core.errors import UsageError
-from nexus_core.stages.collect import REPORT_NAME
 from nexus_core.stages.shards import WHOLE, read_shard
 from nexus_core.stages.stage import Metrics
 from nexus_core.statistics import kept_inputs, moments, probabilities, saliency
 from nexus_core.statistics.moments import RouterStatistics
 from nexus_core.statistics.saliency import NeuronSaliency, SaliencyFile
+
+REPORT_NAME = "sampling_report.json"
 
 # What must be the same in all folders, by its name in their metadata.
 SAME_IN_ALL = ("family", "layers", "experts", "experts_per_token")
@@ -60,7 +61,8 @@ def merge_collected(folders: Sequence[Path], out: Path) -> Metrics:
         merged = reduce(NeuronSaliency.merge, (SaliencyFile(file).load() for file in _files(parts, saliency.FILE_NAME)))
         merged.save(out / saliency.FILE_NAME, metadata)
     kept = [load_file(file) for file in _files(parts, kept_inputs.FILE_NAME)]
-    if len(kept) == len(parts):
+    # Of one pass, a short part may have had nothing to keep.
+    if len(kept) == len(parts) or (kept and "shard" in parts[0].metadata):
         write_shard(out / kept_inputs.FILE_NAME, {name: torch.cat([each[name] for each in kept]) for name in kept[0]})
     report = {
         "tokens": statistics.tokens,

@@ -85,13 +85,14 @@ class Standing:
                 older.unlink()
         self._saved = time.monotonic()
 
-    def forget(self) -> None:
-        """Remove it: the work is done."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
     def _read_position(self) -> dict[str, Any] | None:
         try:
             position = json.loads((self._folder / POSITION_NAME).read_text())
         except (OSError, ValueError):
             return None
         return position if isinstance(position, dict) and position.get("identity") == self._identity else None
+
+
+def forget(out: Path) -> None:
+    """Remove what was saved in a folder: the work is done."""
+    shutil.rmtree(out / FOLDER_NAME, ignore_errors=True)

@@ -13,15 +13,17 @@ from nexus_core.data.packing import PackedSequences
 from nexus_core.distill.signals import TEACHER_ROUTER_LOGITS
 from nexus_core.errors import CheckpointError, UsageError
 from nexus_core.models import compute_dtype, load
-from nexus_core.recipe.schema import Recipe, Source
+from nexus_core.processes import world
+from nexus_core.recipe.schema import DeepSpeed, Recipe, Source
 from nexus_core.recipe.training import Train
 from nexus_core.report.curves import training_curves
 from nexus_core.report.schedule import schedule_picture
 from nexus_core.routing import ROUTER_DELTA
 from nexus_core.stages.capture import identity_of, teacher_checkpoint, vocabulary_digest
-from nexus_core.stages.stage import Metrics, Stage, StageContext
+from nexus_core.stages.stage import GENERATE, Metrics, Stage, StageContext
 from nexus_core.stages.strategies import choose_strategy
 from nexus_core.stages.training_text import held_out_sequences, shares_of, training_sequences
+from nexus_core.train.engines import is_cut
 from nexus_core.train.evaluation import HELD_OUT, HeldOut
 from nexus_core.train.journal import Journal, Row, mean_of_last
 from nexus_core.train.loop import JOURNAL_NAME, Trained, fit
@@ -56,6 +58,7 @@ def train(
     teacher: Path | None = None,
     dtype: str = "auto",
     device: str = "cpu",
+    deepspeed: DeepSpeed | None = None,
     report: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
 ) -> Metrics:
     """Train a converted checkpoint and write model/, metrics.jsonl, checkpoints/ and pictures into `out`.
@@ -63,9 +66,10 @@ def train(
     sets: the sources of every data set to train on, by name; their shares are those of `settings.data`, equal if it
     is None. learnt: names of the sets to learn from; the others are kept. out: empty, or left by an interrupted call
     with the same arguments, which then goes on from its newest checkpoint. teacher: the folder that capture filled, if
-    `settings.teacher` is offline. dtype: as `model.dtype` of a recipe. Raises CheckpointError if the checkpoint has no
-    shared expert, DataError if a set has no text to train on, UsageError if the stored teacher is another run's,
-    TrainingError if training diverges.
+    `settings.teacher` is offline. dtype: as `model.dtype` of a recipe. deepspeed: how several processes share what
+    there is; all of them call this, the first one writes, and the others' answer is empty. Raises CheckpointError if
+    the checkpoint has no shared expert, DataError if a set has no text to train on, UsageError if the stored teacher is
+    another run's, TrainingError if training diverges.
     """
     if not checkpoint.description.shared_expert_width:
         raise CheckpointError(
@@ -88,11 +92,15 @@ def train(
             learnt,
             settings.loss_weights.get("logits_kl") or 1.0,
         )
-    model = load(checkpoint, dtype=compute_dtype(dtype, device), device=device)
+    here = world()
+    # A model that is cut into parts comes in through the machine's memory: it need not fit on one GPU.
+    loads_on = "cpu" if deepspeed and deepspeed.zero_stage == 3 and is_cut(deepspeed, here) else device
+    model = load(checkpoint, dtype=compute_dtype(dtype, device), device=loads_on)
     config_before = model.config.to_dict()
     if settings.start_from is not None:
         start_from(model, checkpoint.family, start_shard(settings.start_from))
-    schedule_figure(settings).savefig(out / SCHEDULE_NAME)
+    if here.is_first:
+        schedule_figure(settings).savefig(out / SCHEDULE_NAME)
     kept = [name for name in sets if name not in learnt]
     title = f"Training: {', '.join(learnt)} learnt" + (f", {', '.join(kept)} kept" if kept else "")
     pictures = _Pictures(out, title, list(settings.losses))
@@ -102,10 +110,23 @@ def train(
         pictures.draw_now_and_then()
 
     trained = fit(
-        model, checkpoint.family, batches, settings, objective, learnt, out, tell, teacher=source, held_out=held_out
+        model,
+        checkpoint.family,
+        batches,
+        settings,
+        objective,
+        learnt,
+        out,
+        tell,
+        teacher=source,
+        held_out=held_out,
+        deepspeed=deepspeed,
+        device=device,
     )
-    trainables = checkpoint.family.hook.nexus_trainable_parameters(model=model)
-    write_trained_model(checkpoint, out / MODEL_NAME, trainables, changed_keys(config_before, model.config.to_dict()))
+    if not here.is_first:
+        return {}
+    changes = changed_keys(config_before, model.config.to_dict())
+    write_trained_model(checkpoint, out / MODEL_NAME, trained.additions, changes)
     pictures.draw()
     return _metrics(trained, settings)
 
@@ -184,7 +205,7 @@ def _metrics(trained: Trained, settings: Train) -> Metrics:
     rows = trained.journal.rows()
     metrics: Metrics = {
         "steps": trained.steps,
-        "trainable_parameters": sum(parameter.numel() for parameter in trained.parameters.values()),
+        "trainable_parameters": trained.learning_numbers,
     }
     metrics["tokens"] = trained.steps * settings.gradient_accumulation * settings.batch_size * settings.sequence_length
     watched = ("loss", *settings.losses, "router_l1", "router_entropy", "gradient_norm", "tokens_per_second")
@@ -193,7 +214,7 @@ def _metrics(trained: Trained, settings: Train) -> Metrics:
         if value is not None:
             metrics[name] = value
     for row in rows[:1]:
-        metrics |= {f"{name}_before": row[name] for name in ("loss", "lm") if name in row}
+        metrics |= {f"{name}_before": row[name] for name in ("loss", "lm", "perplexity") if name in row}
     skipped = sum("skipped" in row for row in rows)
     if skipped:
         metrics["skipped_steps"] = skipped
@@ -229,15 +250,25 @@ def _run(context: StageContext) -> Metrics:
     recipe = context.recipe
     return train(
         open_checkpoint(context.inputs["convert"]),
-        {name: recipe.data[name] for name in recipe.train.data or recipe.data},
+        {name: context.data[name] for name in recipe.train.data or recipe.data},
         recipe.train,
         recipe.learnt_sets,
         context.out,
         teacher=context.inputs.get("capture"),
         dtype=recipe.model.dtype,
         device=context.device,
+        deepspeed=recipe.run.deepspeed,
         report=context.report,
     )
 
 
-STAGE = Stage(name="train", version=2, inputs=("convert", "capture"), settings=_settings, run=_run, resumes=True)
+STAGE = Stage(
+    name="train",
+    version=2,
+    inputs=(GENERATE, "convert", "capture"),
+    settings=_settings,
+    run=_run,
+    sets=lambda recipe: recipe.train.data or recipe.data,
+    resumes=True,
+    splits=True,
+)

@@ -1,6 +1,6 @@
 """What training gained and what it forgot, on held-out text: the student beside its own base, and a verdict.
 
-# B sequences, S tokens each
+# S tokens of a sequence, T of a batch of them
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from nexus_core.measure.perplexity import Perplexity, perplexity
 from nexus_core.measure.router_health import RouterHealth
 from nexus_core.measure.verdict import Change, Verdict, judge
 from nexus_core.models import compute_dtype, load
+from nexus_core.processes import sum_in_place, world
 from nexus_core.progress import Progress
 from nexus_core.recipe.schema import Recipe, Source, Validate
 from nexus_core.report.retention import retention_picture
-from nexus_core.stages.stage import Metrics, Stage, StageContext
+from nexus_core.stages.stage import GENERATE, Metrics, Stage, StageContext
 from nexus_core.stages.train import MODEL_NAME
 from nexus_core.statistics.listening import Listener, listen
+from nexus_core.train.passes import final_hidden, output_head
 
 REPORT_NAME = "report.json"
 PICTURE_NAME = "retention.png"
@@ -49,8 +51,8 @@ def validate(
     """Measure a converted or trained checkpoint against its base and write report.json and retention.png into `out`.
 
     sets: sources by data set name. learnt: sets that should have gained; all others should be retained. part: which
-    side of the sources' split to read. An untouched base is measured against itself. Raises DataError if a set has no
-    text in that part.
+    side of the sources' split to read. An untouched base is measured against itself. Several processes share the
+    sequences, and the first one writes. Raises DataError if a set has no text in that part.
     """
     tokenizer = load_tokenizer(checkpoint.folder)
     end_token = end_token_id(tokenizer)
@@ -63,13 +65,16 @@ def validate(
     model = load(checkpoint, dtype=compute_dtype(dtype, device), device=device)
     router = RouterHealth()
     changes = {}
-    total = sum(len(packed) for packed in sequences.values())
+    total = sum(len(rows) for packed in sequences.values() for rows in _own_rows(len(packed), settings.batch_size))
     with listen(model, checkpoint.family) as listener, Progress("validate", total, "sequences") as progress:
         for name, packed in sequences.items():
             changes[name] = measure_change(model, listener, packed, settings.batch_size, router, progress)
-    verdict = judge(changes, learnt, settings.max_perplexity_increase)
-
     layers = checkpoint.description.layers
+    router.add_up(sum_in_place, len(layers))
+    verdict = judge(changes, learnt, settings.max_perplexity_increase)
+    if not world().is_first:
+        return _metrics(changes, router, verdict)
+
     write_json(out / REPORT_NAME, _report(changes, sequences, learnt, router, layers, verdict))
     pairs = {name: (change.base.perplexity, change.student.perplexity) for name, change in changes.items()}
     if all(math.isfinite(value) for pair in pairs.values() for value in pair):
@@ -88,32 +93,45 @@ def measure_change(
 ) -> Change:
     """Perplexity of the base and of the student on the same sequences; their routers' choices are added to `router`.
 
-    A model without additions is run once: it is its own base.
+    A model without additions is run once: it is its own base. Of several processes each runs some of the batches; the
+    change is over all of them, `router` gets this process's alone.
     """
     base, student = Perplexity(), Perplexity()
     has_additions = bool(additions(model))
     device = next(model.parameters()).device
-    isolates = isolates_documents(model)
+    isolates, head = isolates_documents(model), output_head(model)
     positions_S = torch.arange(packed.input_ids.shape[1])
-    for start in range(0, len(packed), batch_size):
-        rows = slice(start, start + batch_size)
-        input_ids_BS, targets_BS = packed.input_ids[rows].to(device), packed.targets[rows].to(device)
-        documents_apart = position_arguments(isolates, packed.positions[rows].to(device))
+    for numbers in _own_rows(len(packed), batch_size):
+        rows = slice(numbers.start, numbers.stop)
+        targets_T = packed.targets[rows].flatten().to(device)
+        given = {"input_ids": packed.input_ids[rows], **position_arguments(isolates, packed.positions[rows])}
+        inputs = {name: tensor.to(device) for name, tensor in given.items()}
         is_text = (positions_S < packed.lengths[rows, None]).flatten().to(device)
         with as_teacher(model):
-            logits_BSV = model(input_ids=input_ids_BS, use_cache=False, **documents_apart).logits
-            base_part = perplexity(logits_BSV, targets_BS)
+            base_part = perplexity(final_hidden(model, inputs), targets_T, head)
         base_routers = _router_logits(listener, is_text)
         if has_additions:
-            logits_BSV = model(input_ids=input_ids_BS, use_cache=False, **documents_apart).logits
-            student_part = perplexity(logits_BSV, targets_BS)
+            student_part = perplexity(final_hidden(model, inputs), targets_T, head)
             router.update(_router_logits(listener, is_text), base_routers)
         else:
             student_part = base_part
             router.update(base_routers, base_routers)
         base, student = base + base_part, student + student_part
-        progress.advance(len(input_ids_BS))
-    return Change(base, student)
+        progress.advance(len(numbers))
+    return Change(_of_all(base), _of_all(student))
+
+
+def _own_rows(rows: int, batch_size: int) -> list[range]:
+    """This process's batches: whole ones of all of them, so that their numbers do not depend on the processes."""
+    here = world()
+    starts = range(here.rank * batch_size, rows, here.size * batch_size)
+    return [range(start, min(start + batch_size, rows)) for start in starts]
+
+
+def _of_all(measured: Perplexity) -> Perplexity:
+    """The sum over all processes."""
+    nll_nats, tokens = sum_in_place(torch.tensor([measured.nll_nats, measured.tokens], dtype=torch.float64)).tolist()
+    return Perplexity(nll_nats, int(tokens))
 
 
 def _router_logits(listener: Listener, is_text: torch.Tensor) -> list[torch.Tensor]:
@@ -192,7 +210,7 @@ def _run(context: StageContext) -> Metrics:
     recipe = context.recipe
     return validate(
         open_checkpoint(context.inputs["train"] / MODEL_NAME),
-        recipe.data,
+        context.data,
         recipe.validate_,
         recipe.learnt_sets,
         context.out,
@@ -201,4 +219,4 @@ def _run(context: StageContext) -> Metrics:
     )
 
 
-STAGE = Stage(name="validate", version=2, inputs=("train",), settings=_settings, run=_run)
+STAGE = Stage(name="validate", version=2, inputs=(GENERATE, "train"), settings=_settings, run=_run, splits=True)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ FILE_NAME = "router_probabilities.npz"
 _FIRST_OF_JANUARY_1980 = 33
 _VERSION_WITH_64_BITS = 45
 _SEE_EXTRA_FIELD = 0xFFFFFFFF
+
+# Tokens that are copied at once from file to file.
+_COPIED_ROWS = 1024
 
 
 class ProbabilityWriter:
@@ -80,6 +84,8 @@ class ProbabilityWriter:
             self._file.write(self._directory(self._file.tell()))
             # Only now is the checksum known that stands before the data.
             self._write_headers()
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     @torch.no_grad()
     def write(self, logits_LTE: list[torch.Tensor]) -> None:
@@ -89,10 +95,20 @@ class ProbabilityWriter:
             return
         layers = [torch.softmax(logits_TE[:wanted].float(), dim=1) for logits_TE in logits_LTE]
         probabilities_TLE = torch.stack(layers, dim=1).half().cpu().numpy()
-        content = probabilities_TLE.astype("<f2", copy=False).tobytes()
+        self._append(probabilities_TLE.astype("<f2", copy=False).tobytes())
+
+    def copy(self, path: Path) -> None:
+        """Add all tokens of a file that another writer finished, of the same layers and experts."""
+        with ZipFile(path) as archive, archive.open("probabilities.npy") as rows:
+            np.lib.format.read_magic(rows)
+            np.lib.format.read_array_header_2_0(rows)
+            while content := rows.read(_COPIED_ROWS * self._row_bytes):
+                self._append(content)
+
+    def _append(self, content: bytes) -> None:
         self._checksum = zlib.crc32(content, self._checksum)
         self._file.write(content)
-        self.written += len(probabilities_TLE)
+        self.written += len(content) // self._row_bytes
 
     def _start(self) -> int:
         """Where the first token's probabilities stand."""
@@ -128,6 +144,14 @@ class ProbabilityWriter:
         end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, version, version, 0, 0, count, count, length, place)
         end += struct.pack("<4sLQL", b"PK\6\7", 0, place + length, 1)
         return entries + end + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, see, see, 0)
+
+
+def stored_tokens(path: Path) -> int:
+    """How many tokens a finished file has."""
+    with ZipFile(path) as archive, archive.open("probabilities.npy") as rows:
+        np.lib.format.read_magic(rows)
+        shape, _, _ = np.lib.format.read_array_header_2_0(rows)
+    return int(shape[0])
 
 
 def stored_bytes(tokens: int, layers: int, experts: int) -> int:

@@ -21,15 +21,15 @@ class Anchor:
         self.interval, self.alpha = interval, alpha
         self._anchor = {name: tensor.detach().clone() for name, tensor in masters.items()}
 
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to average after this step."""
+        return step % self.interval == 0
+
     @torch.no_grad()
-    def after_step(self, step: int, masters: Mapping[str, torch.Tensor]) -> bool:
-        """Average in place if it is time to; returns whether it was."""
-        if step % self.interval:
-            return False
-        for name, tensor in masters.items():
-            tensor.lerp_(self._anchor[name], self.alpha)
-            self._anchor[name].copy_(tensor)
-        return True
+    def average(self, name: str, master: torch.Tensor) -> None:
+        """Average one parameter's numbers in place; each once when it is due."""
+        master.lerp_(self._anchor[name].to(master.device), self.alpha)
+        self._anchor[name].copy_(master)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The anchor as `anchor/NAME`, for checkpoints."""

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nexus_core.checkpoint.writer import sync_folder
 
 TRAINABLES = "trainables.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -23,13 +25,22 @@ POSITION = "position.json"
 
 @dataclass(frozen=True)
 class Position:
-    """A checkpoint that was read: the step it was written after, its tensors by name, and what else was recorded."""
+    """A checkpoint: the step it was written after, its tensors by name, and what else was recorded.
+
+    A tensor is read when it is asked for: of the optimizer's, each of several processes wants a part only.
+    """
 
     step: int
     folder: Path
-    trainables: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
+    trainables: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
     record: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Position:
+        """Raises OSError, ValueError, KeyError or SafetensorError if it is damaged."""
+        record = json.loads((folder / POSITION).read_text())
+        return cls(record["step"], folder, _Tensors(folder / TRAINABLES), _Tensors(folder / OPTIMIZER), record)
 
 
 def write_position(
@@ -50,6 +61,8 @@ def write_position(
     save_file(_on_cpu(trainables), partial / TRAINABLES)
     save_file(_on_cpu(optimizer), partial / OPTIMIZER)
     (partial / POSITION).write_text(json.dumps({"step": step, **record}, indent=2) + "\n")
+    # The rename must not reach the disk before the content does.
+    sync_folder(partial)
     _remove(final)
     partial.rename(final)
     for old in _whole(checkpoints)[keep:]:
@@ -61,13 +74,29 @@ def newest_position(checkpoints: Path) -> Position | None:
     """The newest checkpoint that can be read, None if there is none; a damaged one is passed over."""
     for folder in _whole(checkpoints):
         try:
-            record = json.loads((folder / POSITION).read_text())
-            return Position(
-                record["step"], folder, load_file(folder / TRAINABLES), load_file(folder / OPTIMIZER), record
-            )
+            return Position.read(folder)
         except (OSError, ValueError, KeyError, SafetensorError):
             continue
     return None
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """A safetensors file, open; that it is as long as its header says is checked at once."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+        self._names = tuple(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _whole(checkpoints: Path) -> list[Path]:

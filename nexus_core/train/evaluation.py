@@ -17,6 +17,7 @@ from nexus_core.data.isolation import position_arguments
 from nexus_core.data.packing import IGNORED, PackedSequences
 from nexus_core.distill.head import OutputHead
 from nexus_core.distill.vocabulary import cross_entropy_sum
+from nexus_core.processes import sum_in_place, world
 from nexus_core.train.passes import final_hidden
 
 # Names of the values in metrics.jsonl; each is followed by the data set's.
@@ -43,7 +44,7 @@ class HeldOut:
 
         The score is what the run is for: the mean of the learnt sets, plus retention_weight times how much worse than
         the base the kept sets became on average; a kept set that became better does not count. isolates: whether the
-        model keeps packed documents apart.
+        model keeps packed documents apart. Of several processes each runs some of the batches; the values are over all.
         """
         if self._base is None:
             with as_teacher(model):
@@ -60,14 +61,18 @@ class HeldOut:
         return {name: self._mean(model, head, packed, isolates) for name, packed in self.sets.items()}
 
     def _mean(self, model: nn.Module, head: OutputHead, packed: PackedSequences, isolates: bool) -> float:
-        total, device = 0.0, head.weight.device
-        for start in range(0, len(packed), self.batch_size):
+        total, device, here = 0.0, head.weight.device, world()
+        starts = range(0, len(packed), self.batch_size)
+        for number in range(here.rank, -(-len(starts) // here.size) * here.size, here.size):
+            # Sharded models run a pass on all processes or on none, so one that has no batch left repeats the last.
+            is_ours, start = number < len(starts), starts[min(number, len(starts) - 1)]
             rows = slice(start, start + self.batch_size)
             targets = packed.targets[rows].flatten().to(device)
-            places = (targets != IGNORED).nonzero().flatten()
+            places = (targets != IGNORED).nonzero().flatten() if is_ours else targets.new_empty(0)
             inputs = {"input_ids": packed.input_ids[rows], **position_arguments(isolates, packed.positions[rows])}
             hidden_TD = final_hidden(model, {name: ids.to(device) for name, ids in inputs.items()})[places]
             total += float(cross_entropy_sum(hidden_TD, targets[places], head))
+        total = float(sum_in_place(torch.tensor(total, dtype=torch.float64)))
         return total / max(packed.learnt_tokens, 1)
 
 

@@ -25,7 +25,7 @@ BOUNDS = (
         0.15,
         "router KL",
         "routing is drifting from the base; raise train.losses.router_kl, lower train.learning_rate, "
-        "or set train.routing.strategy to frozen",
+        "or, if the router trains, set train.routing.strategy to frozen",
     ),
     Bound(
         "gradient_norm",
@@ -39,7 +39,7 @@ BOUNDS = (
         0.5,
         "router L1 distance to the base",
         "a quarter of the routing probability sits on other experts; raise train.losses.router_kl, lower "
-        "train.learning_rate, or freeze the router earlier (train.schedule.bias_freeze_ratio)",
+        "train.learning_rate, or, if the router trains, freeze it earlier (train.schedule.bias_freeze_ratio)",
     ),
 )
 

@@ -1,7 +1,7 @@
-"""The training loop: one process, one copy of the model, every step a function of the seed and the step's number.
+"""The training loop: one copy of the model, every step a function of the seed and the step's number.
 
-Losses, schedule, routing, optimizer, evaluation and checkpoints live in files of their own; this one puts them
-together.
+Losses, schedule, routing, engines, evaluation and checkpoints live in files of their own; this one puts them together.
+Of several processes all do the same, each with its share of every step; the first one writes and speaks.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from torch import nn
 from nexus_core.data.isolation import isolates_documents
 from nexus_core.errors import TrainingError
 from nexus_core.plugins import Family
+from nexus_core.processes import join
 from nexus_core.progress import Progress
+from nexus_core.recipe.schema import DeepSpeed
 from nexus_core.recipe.training import Train
-from nexus_core.statistics.listening import Listener, listen
+from nexus_core.statistics.listening import listen
 from nexus_core.train.anchor import Anchor
-from nexus_core.train.checkpoints import Position, newest_position, write_position
+from nexus_core.train.engines import Engine, new_engine
 from nexus_core.train.evaluation import SCORE, Best, HeldOut
 from nexus_core.train.gradients import Batches, Gradients
 from nexus_core.train.health import Health
 from nexus_core.train.journal import Journal
+from nexus_core.train.keeper import Keeper
 from nexus_core.train.memory import peak_memory_gb
-from nexus_core.train.optimizer import Optimizer, Part
-from nexus_core.train.passes import OnlineTeacher, TeacherSource, output_head
+from nexus_core.train.optimizer import Part
+from nexus_core.train.passes import OnlineTeacher, TeacherSource, find_output_head, refuse_other_head
 from nexus_core.train.schedule import Schedule, StepSettings
 from nexus_core.train.selection_bias import SelectionBiases
-from nexus_core.train.setup import Objective, ready_parameters, recompute_activations
+from nexus_core.train.setup import Objective, Trainables, ready_parameters, recompute_activations
 
 JOURNAL_NAME = "metrics.jsonl"
-CHECKPOINTS_NAME = "checkpoints"
-BEST_NAME = "best"
 
 # With `on_nonfinite: skip`: so many steps in a row that could not be taken are no accident.
 MOST_SKIPPED = 10
@@ -47,14 +48,17 @@ Report = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """The end of a run: parameters by name as the model has them, the journal of all steps, how many steps there were,
-    and after which of them the parameters are: the last, or the one that was best on held-out text.
+    """The end of a run: the journal of all steps, how many there were, after which of them the numbers are (the last,
+    or the one that was best on held-out text), and how many numbers learn.
+
+    additions: all that was added to the model, by name, whole; on the first process only.
     """
 
-    parameters: dict[str, nn.Parameter]
+    additions: dict[str, torch.Tensor]
     journal: Journal
     steps: int
     chosen_step: int
+    learning_numbers: int
 
 
 def fit(
@@ -69,75 +73,83 @@ def fit(
     *,
     teacher: TeacherSource | None = None,
     held_out: HeldOut | None = None,
+    deepspeed: DeepSpeed | None = None,
+    device: str | torch.device | None = None,
 ) -> Trained:
     """Train the model's additions in place, going on from the newest checkpoint in `folder` if there is one.
 
     objective: losses and routing. learnt: names of the data sets to learn from; all others are kept. folder: gets
     metrics.jsonl and checkpoints/. report: called with every row of metrics.jsonl. teacher: by default the model
-    itself with its additions off. held_out: measured every `settings.evaluate.every` steps. The same settings, data
-    and model give the same bits, also after an interruption. Raises TrainingError if the loss or the gradient is not
-    finite and `settings.on_nonfinite` is `stop`, or too often in a row.
+    itself with its additions off. held_out: measured every `settings.evaluate.every` steps. deepspeed: how several
+    processes share what there is; None is not at all. device: to compute on, by default where the model is. The same
+    settings, data, model and number of processes give the same bits, also after an interruption; another number of
+    processes, or none of them DeepSpeed's, the same but for rounding. After DeepSpeed the model is of no more use.
+    Raises TrainingError if the loss or the gradient is not finite and `settings.on_nonfinite` is `stop`, or too often
+    in a row.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with listen(model, family) as listener:
-        run = _Run(model, family, batches, settings, objective, learnt, folder, report, listener, teacher, held_out)
-        try:
-            return run.go()
-        finally:
-            run.optimizer.close()
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    trainables = ready_parameters(model.eval(), family, objective, settings.schedule.bias_lr_multiplier)
+    learning_numbers = sum(parameter.numel() for parameter in trainables.parameters.values())
+    # Every process keeps a whole head: losses read it outside of forward passes, for which DeepSpeed would gather it
+    # anew in every micro-batch, and while it is gathered it takes as much memory (docs/decisions/0013).
+    head = find_output_head(model).on(place)
+    rule, by_rule = trainables.plan.selection_step, list(trainables.selection_biases.values())
+    selection_biases = SelectionBiases(by_rule, rule, place) if rule else None
+    here = join()
+    engine = new_engine(model, family, trainables, settings, deepspeed, here, place)
+    try:
+        refuse_other_head(engine.model, head)
+        with listen(model, family) as listener:
+            if selection_biases:
+                selection_biases.refuse_if_ignored(engine, listener)
+            gradients = Gradients(
+                engine,
+                head,
+                listener,
+                teacher or OnlineTeacher(engine.model, listener, head),
+                objective,
+                batches,
+                frozenset(learnt),
+                settings.gradient_accumulation,
+                isolates_documents(engine.model),
+                selection_biases,
+                here,
+            )
+            if settings.gradient_checkpointing:
+                recompute_activations(model)
+            run = _Run(engine, trainables, gradients, settings, folder, report, held_out)
+            steps, chosen = run.go()
+        additions = engine.whole(family.hook.nexus_trainable_parameters(model=model))
+        return Trained(additions, run.journal, steps, chosen, learning_numbers)
+    finally:
+        engine.close()
 
 
 class _Run:
     def __init__(
         self,
-        model: nn.Module,
-        family: Family,
-        batches: Batches,
+        engine: Engine,
+        trainables: Trainables,
+        gradients: Gradients,
         settings: Train,
-        objective: Objective,
-        learnt: Collection[str],
         folder: Path,
         report: Report,
-        listener: Listener,
-        teacher: TeacherSource | None,
         held_out: HeldOut | None,
     ):
-        self.model, self.settings, self.report = model.eval(), settings, report
-        self.device = next(model.parameters()).device
+        self.engine, self.gradients, self.settings = engine, gradients, settings
+        self.here, self.selection_biases = gradients.here, gradients.selection_biases
         self.schedule = Schedule.of(settings)
-        trainables = ready_parameters(model, family, objective, settings.schedule.bias_lr_multiplier)
-        self.parameters = trainables.parameters
-        self.optimizer = Optimizer(trainables.groups, weight_decay=settings.weight_decay)
-        rule, biases = trainables.plan.selection_step, list(trainables.selection_biases.values())
-        self.selection_biases = SelectionBiases(biases, rule) if rule else None
-        if self.selection_biases:
-            self.selection_biases.refuse_if_ignored(model, listener)
-        self.isolates = isolates_documents(model)
-        self.head = output_head(model)
-        self.gradients = Gradients(
-            model,
-            self.head,
-            listener,
-            teacher or OnlineTeacher(model, listener, self.head),
-            objective,
-            batches,
-            frozenset(learnt),
-            settings.gradient_accumulation,
-            self.isolates,
-            self.selection_biases,
-        )
-        if settings.gradient_checkpointing:
-            recompute_activations(model)
         self.held_out, self.best = held_out, Best()
         averaging = settings.anchor
-        self.anchor = Anchor(averaging.interval, averaging.alpha, self.optimizer.masters()) if averaging else None
-        self.journal = Journal(folder / JOURNAL_NAME)
-        self.checkpoints, self.best_folder = folder / CHECKPOINTS_NAME, folder / BEST_NAME
-        self.health = Health(lambda warning: print(f"warning: train: {warning}", file=sys.stderr))
-        self.last_good = "no checkpoint was written yet"
+        self.anchor = Anchor(averaging.interval, averaging.alpha, engine.masters()) if averaging else None
+        self.journal, self.report = Journal(folder / JOURNAL_NAME), report
+        self.keeper = Keeper(folder, engine, trainables.parameters, self.anchor, keep=settings.keep_checkpoints)
+        self.health = Health(lambda warning: self._say(f"warning: train: {warning}"))
         self.skipped_in_a_row = 0
 
-    def go(self) -> Trained:
+    def go(self) -> tuple[int, int]:
+        """Train to the end; returns how many steps there are, and after which of them the numbers are."""
         done = self._resume()
         last = self.settings.max_steps
         if done == 0:
@@ -154,102 +166,91 @@ class _Run:
                     self._write_checkpoint(done)
                 progress.advance(1, f"loss {values['loss']:.3f}" if "loss" in values else "skipped")
         if done < last:
-            print(
+            self._say(
                 f"train: stopped after step {done:,}: no better on held-out text than after step {self.best.step:,} in "
-                f"{self.best.evaluations_since} evaluations",
-                file=sys.stderr,
+                f"{self.best.evaluations_since} evaluations"
             )
-        return Trained(self.parameters, self.journal, done, self._choose(done))
+        return done, self._choose(done)
+
+    def _say(self, text: str) -> None:
+        if self.here.is_first:
+            print(text, file=sys.stderr)
 
     def _resume(self) -> int:
-        position = newest_position(self.checkpoints)
-        self.journal.cut_after(position.step if position else -1)
+        position = self.keeper.take_up()
+        if self.here.is_first:
+            self.journal.cut_after(position.step if position else -1)
         if position is None:
             return 0
-        self._load(position)
-        self.optimizer.load_state_tensors(position.optimizer)
-        if self.anchor:
-            self.anchor.load_state_tensors(position.optimizer)
         self.best = Best.of(position.record.get("best", {}))
         self.skipped_in_a_row = position.record.get("skipped_in_a_row", 0)
-        self.last_good = f"the last good checkpoint is {position.folder}"
-        print(f"train: going on after step {position.step:,} from {position.folder}", file=sys.stderr)
+        self._say(f"train: going on after step {position.step:,} from {position.folder}")
         return position.step
 
-    @torch.no_grad()
-    def _load(self, position: Position) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(position.trainables[name])
-
     def _write_checkpoint(self, step: int) -> None:
-        state = self.optimizer.state_tensors() | (self.anchor.state_tensors() if self.anchor else {})
         record = {
             "max_steps": self.settings.max_steps,
             "next_batch": step * self.settings.gradient_accumulation,
             "best": self.best.as_record(),
             "skipped_in_a_row": self.skipped_in_a_row,
         }
-        keep = self.settings.keep_checkpoints
-        folder = write_position(self.checkpoints, step, self.parameters, state, record, keep=keep)
-        self.last_good = f"the last good checkpoint is {folder}"
+        self.keeper.write(step, record)
 
     def _record(self, step: int, values: Mapping[str, float]) -> None:
-        self.journal.write(step, values)
-        self.report(step, values)
+        if self.here.is_first:
+            self.journal.write(step, values)
+            self.report(step, values)
 
     def _before_the_first_step(self) -> dict[str, float]:
-        """Losses of the untrained model on the first step's data: where the run starts from."""
+        """Losses of the untrained model on the first step's data, and its perplexity: where the run starts from."""
         with torch.no_grad():
-            values = self.gradients.add(self.gradients.micro_batches(1), self.schedule.at(1))
+            values = self.gradients.add(self.gradients.data(1), self.schedule.at(1))
         if self.selection_biases:
-            self.selection_biases.move(learns=False)
-        return values
+            self.selection_biases.move(self.engine, learns=False)
+        return values | ({"perplexity": math.exp(values["lm"])} if "lm" in values else {})
 
     def _step(self, step: int) -> dict[str, float]:
         started = time.perf_counter()
         step_settings = self.schedule.at(step)
-        micro_batches = self.gradients.micro_batches(step)
-        values = self.gradients.add(micro_batches, step_settings)
-        fixed = _fixed_parts(step_settings)
+        self.engine.begin(step_settings.learning_rate, _fixed_parts(step_settings))
+        data = self.gradients.data(step)
+        values = self.gradients.add(data, step_settings)
         try:
             if not math.isfinite(values["loss"]):
+                self.engine.forget_gradients()
                 raise TrainingError(f"the loss is {values['loss']}")
-            norm = self.optimizer.step(
-                step_settings.learning_rate, max_gradient_norm=self.settings.max_gradient_norm, fixed=fixed
-            )
+            norm = self.engine.step(max_gradient_norm=self.settings.max_gradient_norm)
         except TrainingError as error:
             values = self._skip(step, str(error))
         else:
             self.skipped_in_a_row = 0
-            values |= self._rates(step_settings, fixed) | {"gradient_norm": norm}
-            if self.anchor and self.anchor.after_step(step, self.optimizer.masters()):
-                self.optimizer.masters_changed()
+            values |= self._rates(step_settings) | {"gradient_norm": norm}
+            if self.anchor and self.anchor.is_due(step):
+                self.engine.change(self.anchor.average)
         if self.selection_biases:
             learns = step_settings.router_biases_learn and not self.skipped_in_a_row
-            self.selection_biases.move(learns=learns)
+            self.selection_biases.move(self.engine, learns=learns)
         seconds = time.perf_counter() - started
-        tokens = sum(micro_batch.input_ids.numel() for micro_batch in micro_batches)
         return values | {
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": data.places / seconds,
             "seconds": seconds,
-            "peak_memory_gb": peak_memory_gb(self.device),
+            "peak_memory_gb": peak_memory_gb(self.gradients.head.weight.device),
         }
 
-    def _rates(self, step_settings: StepSettings, fixed: Collection[Part]) -> dict[str, float]:
+    def _rates(self, step_settings: StepSettings) -> dict[str, float]:
         """What the step went by; the router's own learning rates only if it has any."""
-        rates = self.optimizer.learning_rates(step_settings.learning_rate, fixed=fixed)
+        rates = self.engine.learning_rates()
         own = {f"learning_rate/{part}": rate for part, rate in rates.items() if part != "shared_experts"}
         return {"learning_rate": step_settings.learning_rate, "temperature": step_settings.temperature, **own}
 
     def _skip(self, step: int, reason: str) -> dict[str, float]:
-        """Leave the weights as they are and go on, if that is wanted and not the rule by now; else raise."""
-        self.optimizer.forget_gradients()
+        """Go on without the step, if that is wanted and not the rule by now; else raise."""
         self.skipped_in_a_row += 1
         if self.settings.on_nonfinite == "stop":
             raise self._stopped(step, reason)
         if self.skipped_in_a_row > MOST_SKIPPED:
             raise self._stopped(step, f"{reason}, and so it was in the {MOST_SKIPPED} steps before")
-        print(f"warning: train: step {step} is left out: {reason}", file=sys.stderr)
+        self._say(f"warning: train: step {step} is left out: {reason}")
         return {"skipped": 1.0}
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -257,9 +258,9 @@ class _Run:
         every = self.settings.evaluate.every
         if self.held_out is None or every is None or (step % every and step != self.settings.max_steps):
             return {}
-        values = self.held_out.measure(self.model, self.head, isolates=self.isolates)
+        values = self.held_out.measure(self.engine.model, self.gradients.head, isolates=self.gradients.isolates)
         if self.best.take(step, values[SCORE]):
-            write_position(self.best_folder, step, self.parameters, {}, {"score": values[SCORE]}, keep=1)
+            self.keeper.write_best(step, values[SCORE])
         return values
 
     def _has_given_up(self) -> bool:
@@ -270,15 +271,11 @@ class _Run:
         """Put the best state into the model, if states were compared and the best is wanted; returns its step."""
         if self.best.step in (-1, done) or self.settings.evaluate.keep == "last":
             return done
-        position = newest_position(self.best_folder)
-        if position is None:
-            raise TrainingError(f"{self.best_folder}: the best state, after step {self.best.step}, cannot be read")
-        self._load(position)
-        return position.step
+        return self.keeper.take_best()
 
     def _stopped(self, step: int, reason: str) -> TrainingError:
         return TrainingError(
-            f"train stopped at step {step}: {reason}; {self.last_good}. Lower train.learning_rate (now "
+            f"train stopped at step {step}: {reason}; {self.keeper.last_good}. Lower train.learning_rate (now "
             f"{self.settings.learning_rate:g}) or train.max_gradient_norm, or raise train.schedule.warmup_ratio"
         )
 

@@ -7,9 +7,9 @@ that is float32 already is its own master.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,29 @@ class ParameterGroup:
     part: Part = "shared_experts"
 
 
+def adam_groups(
+    groups: Sequence[ParameterGroup], tensors: Mapping[str, torch.Tensor], *, weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's own groups, of `tensors` by the parameters' names: weight decay acts on matrices, not on biases."""
+    return [
+        {
+            "params": [tensors[name] for name in members],
+            "weight_decay": weight_decay if has_decay else 0.0,
+            "lr_multiplier": group.lr_multiplier,
+            "part": group.part,
+        }
+        for group, has_decay, members in _by_decay(groups)
+    ]
+
+
+def _by_decay(groups: Sequence[ParameterGroup]) -> Iterator[tuple[ParameterGroup, bool, dict[str, nn.Parameter]]]:
+    for group in groups:
+        for has_decay in (True, False):
+            members = {name: p for name, p in group.parameters.items() if (p.ndim >= 2) is has_decay}
+            if members:
+                yield group, has_decay, members
+
+
 class Optimizer:
     """Decoupled AdamW over the groups' parameters; weight decay acts on matrices, not on biases.
 
@@ -39,30 +62,22 @@ class Optimizer:
     `state_tensors`, so a run can be continued to the bit.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], *, weight_decay: float = 0.0):
+    def __init__(self, groups: Sequence[ParameterGroup], *, weight_decay: float = 0.0, keeps_copies: bool = False):
+        """keeps_copies: parameters in float32 get a master of their own too."""
         self._masters: dict[str, torch.Tensor] = {}
         self._rounded: dict[str, nn.Parameter] = {}
         self._hooks: list[RemovableHandle] = []
-        adam_groups = []
-        for group in groups:
-            for has_decay in (True, False):
-                members = {name: p for name, p in group.parameters.items() if (p.ndim >= 2) is has_decay}
-                for name, parameter in members.items():
-                    self._masters[name] = self._master(name, parameter)
-                if members:
-                    adam_groups.append(
-                        {
-                            "params": [self._masters[name] for name in members],
-                            "weight_decay": weight_decay if has_decay else 0.0,
-                            "lr_multiplier": group.lr_multiplier,
-                            "part": group.part,
-                        }
-                    )
+        for _, _, members in _by_decay(groups):
+            for name, parameter in members.items():
+                self._masters[name] = self._master(name, parameter, keeps_copies=keeps_copies)
+        divided = adam_groups(groups, self._masters, weight_decay=weight_decay)
         # fused: one pass over memory, and no temporaries the size of all parameters
-        self._adam = torch.optim.AdamW(adam_groups, lr=0.0, fused=True)
+        self._adam = torch.optim.AdamW(divided or [{"params": []}], lr=0.0, fused=True)
+        if not divided:
+            self._adam.param_groups.clear()
 
-    def _master(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
-        if parameter.dtype in (torch.float32, torch.float64):
+    def _master(self, name: str, parameter: nn.Parameter, *, keeps_copies: bool) -> torch.Tensor:
+        if parameter.dtype in (torch.float32, torch.float64) and not keeps_copies:
             return parameter
         master = parameter.detach().float().clone()
         self._rounded[name] = parameter
@@ -106,6 +121,10 @@ class Optimizer:
         self._adam.zero_grad()
         self._round()
         return norm
+
+    def gradients(self) -> Iterator[torch.Tensor]:
+        """What the backward passes since the last step have summed, in the order of the groups; changed in place."""
+        return (master.grad for master in self._masters.values() if master.grad is not None)
 
     def _round(self) -> None:
         with torch.no_grad():

@@ -159,27 +159,36 @@ def final_hidden(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor
 
 
 def output_head(model: Any) -> OutputHead:
-    """The model's output head, found by transformers' conventions and tried on a few tokens.
+    """The model's output head, found and tried. Raises TrainingError as `refuse_other_head`."""
+    head = find_output_head(model)
+    refuse_other_head(model, head)
+    return head
 
-    Raises TrainingError if its logits are not the model's: such a family does more to them than these conventions say.
-    """
+
+def find_output_head(model: Any) -> OutputHead:
+    """The model's output head by transformers' conventions; it shares the model's numbers."""
     linear = model.get_output_embeddings()
     scaling = getattr(model.config, "logits_scaling", None)
     bias = getattr(linear, "bias", None)
-    head = OutputHead(
+    return OutputHead(
         linear.weight.detach(), None if bias is None else bias.detach(), 1.0 if scaling is None else 1.0 / scaling
     )
-    input_ids = torch.arange(HEAD_TOKENS, device=linear.weight.device)[None] % head.vocabulary_size
-    with torch.no_grad():
-        expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
-        found = head.logits(final_hidden(model, {"input_ids": input_ids})).float()
+
+
+@torch.no_grad()
+def refuse_other_head(model: Any, head: OutputHead) -> None:
+    """Try the head on a few tokens. Raises TrainingError if its logits are not the model's: such a family does more to
+    them than the conventions say.
+    """
+    input_ids = torch.arange(HEAD_TOKENS, device=head.weight.device)[None] % head.vocabulary_size
+    expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
+    found = head.logits(final_hidden(model, {"input_ids": input_ids})).float()
     # A checkpoint that is damaged has no finite logits; the first step says so.
     if expected.isfinite().all() and (found - expected).abs().max() > HEAD_TOLERANCE * expected.abs().max():
         raise TrainingError(
             f"the logits of a {type(model).__name__} are not its output head's of its last hidden states, as they are "
             "in other families, so losses over the vocabulary would be wrong; this family cannot be trained yet"
         )
-    return head
 
 
 def _router_logits(listener: Listener, places: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -30,6 +30,8 @@ class OfflineTeacher:
             else:
                 teacher = stored_logits.nothing(self.device)
         if TEACHER_ROUTER_LOGITS in needs:
-            parts = [self.store.routers(name, sequence) for name, sequence in micro_batch.rows]
+            rows = [self.store.routers(name, sequence) for name, sequence in micro_batch.rows]
+            # A micro-batch without rows of the data: another process has more of them.
+            parts = rows or [self.store.no_routers()]
             routers = tuple(torch.cat(parts).to(self.device).unbind(dim=1))
         return Taught(teacher, None, routers)

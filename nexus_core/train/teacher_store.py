@@ -180,6 +180,10 @@ class TeacherStore:
         chunk, place = self._find(set_name, sequence)
         return chunk.routers(place)
 
+    def no_routers(self) -> torch.Tensor:
+        """Router logits (0, L, E) of no text."""
+        return self.routers(*next(iter(self._chunk_of)))[:0]
+
     def _find(self, set_name: str, sequence: int) -> tuple[_OpenChunk, int]:
         chunk = self._chunk_of.get((set_name, sequence))
         if chunk is None:

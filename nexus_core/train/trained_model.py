@@ -42,8 +42,13 @@ def write_trained_model(
     write_index(partial, [*entries, *read_header(partial / SHARD_NAME).values()])
     write_json(partial / "config.json", {**source.config, **config_changes})
     copy_companions(source.folder, partial, own=NOT_THE_MODEL)
-    shutil.rmtree(folder, ignore_errors=True)
+    older = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(older, ignore_errors=True)
+    if folder.exists():
+        # Renamed first: a folder of that name is always whole.
+        folder.rename(older)
     partial.rename(folder)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def _write_new_shard(

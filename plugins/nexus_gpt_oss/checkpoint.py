@@ -28,6 +28,7 @@ DEFAULT_SWIGLU_ALPHA = 1.702
 DEFAULT_SWIGLU_LIMIT = 7.0
 BYTES_PER_NUMBER = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 ROUTER_DELTA_BYTES = 4
+NAN_SCALE = 255
 
 EXPERT_TENSORS = (
     "gate_up_proj_blocks",
@@ -173,6 +174,12 @@ def dense(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
     from nexus_gpt_oss.mxfp4 import PAIR_TYPES, decode
 
     return decode(blocks, scales, dtype if dtype in PAIR_TYPES else torch.float32).to(dtype)
+
+
+def scale_fault(scales: torch.Tensor) -> str:
+    """What is wrong with MXFP4 scales: 255 stands for NaN."""
+    faults = (scales == NAN_SCALE).nonzero()
+    return f"has at {faults[0].tolist()} the scale {NAN_SCALE}, which stands for NaN" if len(faults) else ""
 
 
 def number_type(config: Mapping[str, Any]) -> str:

@@ -8,10 +8,9 @@ what holds it are built here, so that no dense expert is ever allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,13 +19,11 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt_oss.modeling_gpt_oss import (
-    GptOssAttention,
     GptOssDecoderLayer,
     GptOssForCausalLM,
     GptOssModel,
     GptOssPreTrainedModel,
     GptOssRMSNorm,
-    GptOssRotaryEmbedding,
 )
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -34,8 +31,10 @@ from nexus_core.additions import RouterDelta, SharedExpert
 from nexus_core.checkpoint.reader import CheckpointReader
 from nexus_core.errors import CheckpointError, UsageError
 from nexus_core.families.strict import StrictlyLoaded, some
+from nexus_gpt_oss.attention.layer import NexusGptOssAttention, visibilities
 from nexus_gpt_oss.configuration import NexusGptOssConfig
 from nexus_gpt_oss.experts import PackedExperts, swiglu
+from nexus_gpt_oss.rotary import NexusRotaryEmbedding
 
 
 class PackedRouter(nn.Module):
@@ -130,30 +129,13 @@ def new_router_delta(config: NexusGptOssConfig) -> RouterDelta:
     return RouterDelta(config.hidden_size, config.num_local_experts)
 
 
-class NexusRotaryEmbedding(GptOssRotaryEmbedding):
-    """transformers' rotary embedding whose frequencies stay float32 whatever type the model is cast to.
-
-    `.to(torch.bfloat16)`, which training engines call too, would round them: on a random model of 4 layers that
-    moves the logits by 15%.
-    """
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            cast = self._buffers[name]
-            if cast is not None and cast.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(cast.device)
-        return self
-
-
 class NexusGptOssDecoderLayer(GptOssDecoderLayer):
     """One layer; its forward is transformers', its feed-forward block is PackedMixture."""
 
     def __init__(self, config: NexusGptOssConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)  # the direct parent's would allocate dense experts
         self.hidden_size = config.hidden_size
-        self.self_attn = GptOssAttention(config=config, layer_idx=layer_idx)
+        self.self_attn = NexusGptOssAttention(config=config, layer_idx=layer_idx)
         self.mlp = PackedMixture(config)  # type: ignore[assignment]
         self.input_layernorm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -171,7 +153,7 @@ class NexusGptOssPreTrainedModel(StrictlyLoaded, GptOssPreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(PackedRouter, index=0),
         "hidden_states": NexusGptOssDecoderLayer,
-        "attentions": GptOssAttention,
+        "attentions": NexusGptOssAttention,
     }
 
     @torch.no_grad()
@@ -234,12 +216,20 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel, GptOssModel):
         use_cache: bool | None = None,
         **keywords: Any,
     ) -> Any:
-        """As transformers', but documents packed into one sequence, whose position_ids begin again with each, don't
-        see each other: transformers keeps them apart for other families, for this one it only numbers them anew.
+        """As transformers', but long sequences are read without holding their scores (`nexus_gpt_oss.attention`), and
+        documents packed into one sequence, whose position_ids begin again with each, don't see each other: transformers
+        keeps them apart for other families, for this one it only numbers them anew.
         """
-        if position_ids is not None and attention_mask is None and past_key_values is None and use_cache is False:
-            if inputs_embeds is None:
-                inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+        is_packed = (
+            position_ids is not None and attention_mask is None and past_key_values is None and use_cache is False
+        )
+        documents = position_ids if is_packed else None
+        masks = visibilities(self.config, inputs_embeds, attention_mask, documents, past_key_values, keywords)
+        if masks is not None:
+            attention_mask = masks
+        elif is_packed:
             about: dict[str, Any] = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,

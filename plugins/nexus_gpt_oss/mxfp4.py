@@ -9,27 +9,14 @@ gpt_oss/torch/weights.py, which `decode` equals to the bit for every byte and ev
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from nexus_core.errors import ShapeError
+from nexus_gpt_oss.decoding import decoder
+from nexus_gpt_oss.decoding.format import FP4, GROUP, GROUP_BYTES, MAX_SCALE, PAIR_TYPES, POSITIVE_FP4, SCALE_BIAS
 
-GROUP = 32
-GROUP_BYTES = GROUP // 2
-SCALE_BIAS = 127
-MAX_SCALE = 254
+__all__ = ["FP4", "GROUP", "GROUP_BYTES", "MAX_SCALE", "PAIR_TYPES", "SCALE_BIAS", "decode", "encode"]
 
-POSITIVE_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FP4 = (*POSITIVE_FP4, *(-value for value in POSITIVE_FP4))
-
-# Two numbers of each type, as the integer of the same size: one lookup moves one byte's pair.
-PAIR_TYPES = {torch.bfloat16: torch.int32, torch.float32: torch.int64}
-
-# Bytes decoded at a time. On a CPU the lookup's indices should stay in the second-level cache (256 rows of 2880
-# numbers were fastest); elsewhere few, large kernels are.
-CPU_TILE_BYTES = 3 << 17
-DEVICE_TILE_BYTES = 1 << 26
 ENCODE_TILE_NUMBERS = 1 << 18
 
 
@@ -43,7 +30,8 @@ def decode(
     """The numbers (..., 32 G) that blocks (..., G, 16) and scales (..., G), both uint8, stand for.
 
     dtype: bfloat16 or float32; both hold every finite value exactly. out: contiguous, of that shape and type, to be
-    overwritten and returned. Nothing is transposed. Raises ShapeError for any other shape or type.
+    overwritten and returned. Nothing is transposed. `nexus_gpt_oss.decoding` chooses how, by the device. Raises
+    ShapeError for any other shape or type.
     """
     shape = _decoded_shape(blocks, scales, dtype)
     if out is None:
@@ -58,18 +46,7 @@ def decode(
     bytes_RGB = blocks.reshape(-1, groups, GROUP_BYTES)
     scales_RG = scales.reshape(-1, groups)
     pairs_R = out.view(-1, shape[-1]).view(PAIR_TYPES[dtype])
-    table = _pair_table(dtype, blocks.device)
-    tile_bytes = CPU_TILE_BYTES if blocks.device.type == "cpu" else DEVICE_TILE_BYTES
-    rows_per_tile = max(1, tile_bytes // (groups * GROUP_BYTES))
-    rows = bytes_RGB.shape[0]
-    index = torch.empty((min(rows, rows_per_tile), groups, GROUP_BYTES), dtype=torch.int32, device=blocks.device)
-    for start in range(0, rows, rows_per_tile):
-        tile = slice(start, min(start + rows_per_tile, rows))
-        index_RGB = index[: tile.stop - tile.start]
-        # Widening in one pass and adding in the next is quicker than one mixed pass, whose inner loop is 16 short.
-        index_RGB.copy_(bytes_RGB[tile])
-        index_RGB.add_((scales_RG[tile].to(torch.int32) << 8).unsqueeze(-1))
-        torch.index_select(table, 0, index_RGB.view(-1), out=pairs_R[tile].view(-1))
+    decoder(blocks.device, dtype, out.numel())(bytes_RGB, scales_RG, pairs_R, dtype)
     return out
 
 
@@ -127,19 +104,6 @@ def _nearest(magnitudes_RN: torch.Tensor, scales_R: torch.Tensor) -> tuple[torch
     boundaries = torch.where(is_odd, torch.nextafter(middles, torch.zeros_like(middles)), middles)
     codes_RN = torch.bucketize(scaled_RN, boundaries, out_int32=True)
     return codes_RN, (scaled_RN - values[codes_RN]).square().sum(dim=-1)
-
-
-@lru_cache(maxsize=8)
-def _pair_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Entry 256 * scale + byte: the byte's two numbers at that scale, as one integer."""
-    byte = torch.arange(256)
-    fp4 = torch.tensor(FP4, dtype=torch.float64)
-    pairs = torch.stack((fp4[byte & 15], fp4[byte >> 4]), dim=-1)
-    powers = torch.exp2(torch.arange(256, dtype=torch.float64) - SCALE_BIAS)
-    powers[MAX_SCALE + 1] = torch.nan
-    # From float64, so that 6 * 2**127 becomes infinity and 0.5 * 2**-127 its exact subnormal, as in the reference.
-    table = (powers[:, None, None] * pairs).to(dtype)
-    return table.view(PAIR_TYPES[dtype]).reshape(-1).to(device)
 
 
 def _decoded_shape(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Size:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexus_core.hookspecs import hookimpl
-from nexus_core.types import EmbeddedFile, ExpertLocation, ExpertWeights, MoeBlock, MoeDescription
-from nexus_gpt_oss import checkpoint, harmony
+from nexus_core.types import EmbeddedFile, ExpertLocation, ExpertWeights, MoeBlock, MoeDescription, RunningCosts
+from nexus_gpt_oss import checkpoint, costs, harmony
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,24 @@ def nexus_dequantize(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) ->
 @hookimpl
 def nexus_stored_bytes(config: Mapping[str, Any]) -> dict[str, int]:
     return checkpoint.stored_bytes(config)
+
+
+@hookimpl
+def nexus_running_costs(config: Mapping[str, Any], device: str) -> RunningCosts:
+    return costs.running_costs(config, device)
+
+
+@hookimpl
+def nexus_number_fault(name: str, tensor: torch.Tensor) -> str | None:
+    """Of scales; all else is left to core's default."""
+    return checkpoint.scale_fault(tensor) if name.endswith("_scales") else None
+
+
+@hookimpl
+def nexus_backends() -> dict[str, str]:
+    from nexus_gpt_oss import execution
+
+    return execution.in_use()
 
 
 @hookimpl

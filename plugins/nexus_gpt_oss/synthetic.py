@@ -1,18 +1,20 @@
-"""A checkpoint of gpt-oss's real shapes with random numbers, for benchmarks and tests at scale without the weights.
+"""A model of gpt-oss's real shapes with random numbers, for benchmarks and tests at scale without the weights.
 
     python -m nexus_gpt_oss.synthetic --shape 120b --layers 1 --out DIR
 
 Names, types and shapes are the published ones; blocks are uniform random bytes and scales lie where the published
-ones do, so that activations stay finite and decoding costs what it costs. Nothing larger than one tensor is in memory.
+ones do, so that activations stay finite and decoding costs what it costs. `write` never has more than one tensor in
+memory; `build` makes the model on a device, without any files.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,10 +25,30 @@ from nexus_core.progress import Progress
 from nexus_gpt_oss.checkpoint import GROUP, describe, expert_tensor
 from nexus_gpt_oss.mxfp4 import GROUP_BYTES
 
-SHAPES = {
+if TYPE_CHECKING:
+    from nexus_gpt_oss.modeling import NexusGptOssForCausalLM
+
+# What differs from gpt-oss-120b. The tiny one is for trying out what is meant for the others.
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "num_hidden_layers": 2,
+        "num_local_experts": 8,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+        # The published one lies outside of so small a vocabulary, as do the ends of texts.
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    },
     "20b": {"num_hidden_layers": 24, "num_local_experts": 32},
     "120b": {"num_hidden_layers": 36, "num_local_experts": 128},
 }
+
+# Files that make up the tokenizer of the embedded model, which stands in for the published one.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+EMBEDDED = Path(__file__).parent / "embedded" / "tiny-gpt-oss"
 
 # Published shards hold a little less than this.
 SHARD_BYTES = 4_800_000_000
@@ -43,7 +65,7 @@ def config(shape: str, layers: int | None = None) -> dict[str, Any]:
     if layers is not None and layers < 1:
         raise UsageError(f"a model of {layers} layers: it must have at least one")
     count = SHAPES[shape]["num_hidden_layers"] if layers is None else layers
-    return {
+    published = {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
         "attention_dropout": 0.0,
@@ -63,7 +85,7 @@ def config(shape: str, layers: int | None = None) -> dict[str, Any]:
         "num_experts_per_tok": 4,
         "num_hidden_layers": count,
         "num_key_value_heads": 8,
-        "num_local_experts": SHAPES[shape]["num_local_experts"],
+        "num_local_experts": 128,
         "output_router_logits": False,
         "pad_token_id": 199999,
         "quantization_config": {
@@ -93,6 +115,7 @@ def config(shape: str, layers: int | None = None) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": 201088,
     }
+    return published | SHAPES[shape] | {"num_hidden_layers": count}
 
 
 def tensor_plans(config: Mapping[str, Any]) -> dict[str, TensorPlan]:
@@ -129,11 +152,15 @@ def tensor_plans(config: Mapping[str, Any]) -> dict[str, TensorPlan]:
 
 def random_tensor(name: str, plan: TensorPlan, generator: torch.Generator) -> torch.Tensor:
     """Valid random numbers for a tensor of this name: bytes, scales, norms of one, small weights."""
+    return fill(name, torch.empty(plan.shape, dtype=plan.dtype), generator)
+
+
+def fill(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The tensor, overwritten with numbers that make sense under its name. generator: of the tensor's device."""
     if name.endswith("_blocks"):
         # Eight bytes at a time: single bytes are drawn one number each.
-        words = torch.empty(plan.stored_bytes // 8, dtype=torch.int64)
-        return words.random_(-(2**63), None, generator=generator).view(torch.uint8).view(plan.shape)
-    tensor = torch.empty(plan.shape, dtype=plan.dtype)
+        tensor.view(-1).view(torch.int64).random_(-(2**63), None, generator=generator)
+        return tensor
     if name.endswith("_scales"):
         return tensor.random_(SCALES.start, SCALES.stop, generator=generator)
     if name.endswith("norm.weight"):
@@ -141,10 +168,57 @@ def random_tensor(name: str, plan: TensorPlan, generator: torch.Generator) -> to
     return tensor.normal_(0.0, WEIGHT_DEVIATION, generator=generator)
 
 
-def write(folder: Path, config: Mapping[str, Any], *, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
+def build(
+    shape: str,
+    layers: int | None = None,
+    device: str = "cpu",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> NexusGptOssForCausalLM:
+    """A base model of a shape, in evaluation mode, made on a device without files: no more memory than it takes.
+
+    On a CPU and in bfloat16 its tensors are those that `write` gives for the same seed; a GPU draws its own.
+    """
+    return build_of(config(shape, layers), device, seed=seed, dtype=dtype)
+
+
+def build_of(
+    config: Mapping[str, Any], device: str = "cpu", *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> NexusGptOssForCausalLM:
+    """As `build`, of a whole config."""
+    from transformers.initialization import no_init_weights
+
+    from nexus_gpt_oss.configuration import NexusGptOssConfig
+    from nexus_gpt_oss.modeling import NexusGptOssForCausalLM
+    from nexus_gpt_oss.plugin import nexus_converted_config
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), no_init_weights():
+            model = NexusGptOssForCausalLM(NexusGptOssConfig.from_dict(nexus_converted_config(config, width=0)))
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name in tensor_plans(config):
+            fill(name, model.get_parameter(name).data, generator)
+    return model.requires_grad_(False).eval()
+
+
+def write(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    tokenizer: bool = False,
+) -> int:
     """Write a random checkpoint into a new or empty folder and return its bytes.
 
-    Raises UsageError if the folder holds something, StageError if it cannot be written.
+    tokenizer: with the embedded model's, which uses the first tokens of the vocabulary only; the published one is not
+    ours to bring. Raises UsageError if the folder holds something, StageError if it cannot be written.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder}: is not empty; name a new folder")
@@ -163,6 +237,8 @@ def write(folder: Path, config: Mapping[str, Any], *, seed: int = 0, shard_bytes
     if len(shards) > 1:
         write_index(folder, (e for shard in sorted(folder.glob("*.safetensors")) for e in read_header(shard).values()))
     write_json(folder / "config.json", dict(config))
+    for name in TOKENIZER_FILES if tokenizer else ():
+        shutil.copyfile(EMBEDDED / name, folder / name)
     return total_bytes
 
 
@@ -185,10 +261,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument("--layers", type=int, help="layers, the published number if left out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", action="store_true", help="with the embedded model's tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
     try:
-        written = write(arguments.out, config(arguments.shape, arguments.layers), seed=arguments.seed)
+        chosen = config(arguments.shape, arguments.layers)
+        written = write(arguments.out, chosen, seed=arguments.seed, tokenizer=arguments.tokenizer)
     except NexusError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nexus_core.families import (
     Fused,
@@ -17,6 +17,10 @@ from nexus_core.families import (
     sums_to_one_if_unscaled,
     top_k_of_softmax,
 )
+from nexus_core.families.rules import ADDED_SELECTION_BIAS, RouterTensors, required
+
+if TYPE_CHECKING:
+    import torch
 
 
 def by_norm_topk_prob(config: Mapping[str, Any]) -> bool:
@@ -97,4 +101,38 @@ dots1 = Layout(
     layers=after_dense_layers,
 )
 
-families = TransformersFamilies(qwen3_moe, qwen2_moe, olmoe, mixtral, granitemoe, glm4_moe, dots1)
+
+ERNIE_SELECTION_BIAS = "moe_statics.e_score_correction_bias"
+
+
+def top_k_of_biased_softmax(
+    config: Mapping[str, Any], logits_TE: torch.Tensor, router: RouterTensors
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts chosen by softmax plus the router's selection bias, weighted by the softmax alone, divided by its sum."""
+    probabilities_TE = logits_TE.float().softmax(dim=-1)
+    preferred_TE = probabilities_TE + router[ERNIE_SELECTION_BIAS].squeeze()
+    if ADDED_SELECTION_BIAS in router:
+        preferred_TE = preferred_TE + router[ADDED_SELECTION_BIAS]
+    indices_TK = preferred_TE.topk(config["num_experts_per_tok"], dim=-1).indices
+    weights_TK = probabilities_TE.gather(-1, indices_TK)
+    return weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=required(config, "moe_norm_min")), indices_TK
+
+
+def ernie_sparse_layers(config: Mapping[str, Any]) -> list[int]:
+    """Every `moe_layer_interval`-th layer from `moe_layer_start_index` to `moe_layer_end_index`, -1 for the last."""
+    first, last = required(config, "moe_layer_start_index"), required(config, "moe_layer_end_index")
+    inside = every_layer(config)[first : None if last == -1 else last + 1]
+    return [layer for layer in inside if (layer + 1) % required(config, "moe_layer_interval") == 0]
+
+
+ernie4_5_moe = Layout(
+    model_type="ernie4_5_moe",
+    gate_weights=top_k_of_biased_softmax,
+    weights_sum_to_one=always,
+    stored_names={f"mlp.gate.{ERNIE_SELECTION_BIAS}": f"mlp.{ERNIE_SELECTION_BIAS}"},
+    experts="moe_num_experts",
+    experts_per_token="moe_k",
+    layers=ernie_sparse_layers,
+)
+
+families = TransformersFamilies(qwen3_moe, qwen2_moe, olmoe, mixtral, granitemoe, glm4_moe, dots1, ernie4_5_moe)
