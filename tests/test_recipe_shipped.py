@@ -19,6 +19,8 @@ def test_the_promised_recipes_are_there():
         "tiny_trainable_router",
         "tiny_offline",
         "tiny_generated",
+        "tiny_zero2",
+        "tiny_zero3",
         "gpt_oss_pca_top24",
         "gpt_oss_trainable_router",
         "gpt_oss_20b_pca",

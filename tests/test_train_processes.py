@@ -228,12 +228,17 @@ def test_the_shipped_recipes_learn_what_one_process_does(tmp_path: Path) -> None
         "train.learning_rate": 1.0e-3,
     }
     settings = [text for key, value in short.items() for text in ("--set", f"{key}={value}")]
-    learnt = {}
-    for recipe in ("tiny", "tiny_zero2", "tiny_zero3"):
+    learnt, held_out = {}, {}
+    for recipe, processes in (("tiny", 1), ("tiny_offline", 2), ("tiny_zero2", 2), ("tiny_zero3", 2)):
         # What runs it is in no key, so the later ones would find it done.
         command = ["run", f"{RECIPES / recipe}.yaml", "--until", "train", "--rerun", "train", *settings]
+        command += ["--processes", str(processes)]
         subprocess.run([sys.executable, "-m", "nexus_core", *command], check=True, timeout=600)
-        learnt[recipe] = load_file(tmp_path / "runs" / "latest" / recipe / "train" / "model" / SHARD_NAME)
+        out = tmp_path / "runs" / "latest" / recipe / "train"
+        learnt[recipe] = load_file(out / "model" / SHARD_NAME)
+        metrics = json.loads((out / "stage.json").read_text())["metrics"]
+        held_out[recipe] = [metrics[f"held_out/{name}"] for name in ("domain", "general")]
+    assert held_out["tiny_offline"] == pytest.approx(held_out["tiny"], rel=5e-3)
     for recipe in ("tiny_zero2", "tiny_zero3"):
         assert set(learnt[recipe]) == set(learnt["tiny"])
         for name, tensor in learnt["tiny"].items():
