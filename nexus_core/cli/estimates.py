@@ -82,7 +82,7 @@ def device_line(ahead: Preflight) -> str:
     device = ahead.device
     source = "measured just now" if device.measured else "expected of it"
     return (
-        f"{device.name} ({device.memory_bytes / 1e9:,.1f} GB; {device.flops / 1e12:,.2g} TFLOP/s and "
+        f"{device.name} ({device.memory_bytes / 1e9:,.1f} GB; {operations(device.flops)}/s and "
         f"{device.bandwidth / 1e9:,.0f} GB/s {source})"
     )
 
