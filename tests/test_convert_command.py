@@ -171,19 +171,12 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, mer
     hidden = 640
     expert_kb = 3 * hidden * hidden * 4 // 1024  # 4.8 MB in float32
 
-    def peak_kb(layers: int) -> int:
-        model, out = tmp_path / f"base{layers}", tmp_path / f"out{layers}"
-        write_tiny_checkpoint(model, layers=layers, experts=3, hidden=hidden, width=hidden)
-        out.mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK_OF_CONVERT, str(model), str(out), merge],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return int(done.stdout)
+    layers = 24
+    model, out = tmp_path / "base", tmp_path / "out"
+    write_tiny_checkpoint(model, layers=layers, experts=3, hidden=hidden, width=hidden)
+    out.mkdir()
+    command = [sys.executable, "-c", PEAK_OF_CONVERT, str(model), str(out), merge]
+    peak_kb = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    two, eight = peak_kb(2), peak_kb(8)
-
-    assert eight < two + expert_kb  # all layers at once would be 6 experts of half that size more
-    assert eight < 6 * expert_kb
+    # A few experts, and what the allocator keeps of them. In bfloat16 the results of all layers are twice as much.
+    assert 0 < peak_kb < layers * expert_kb // 4
