@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import processes_script
@@ -167,6 +168,17 @@ run: {{device: cpu, store: {store}, tracking: {{enabled: false}}}}
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Another number of threads rounds differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory) -> tuple[Path, Path]:
     """The store of one process, and another whose splitting stages two processes did, the others being reused."""
@@ -181,7 +193,9 @@ def stores(tmp_path_factory) -> tuple[Path, Path]:
         shutil.rmtree(folder / "two" / stage)
     flags = ["--processes", "2", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "nexus_core", "run", str(folder / "two.yaml"), *flags], capture_output=True, text=True
+        [sys.executable, "-m", "nexus_core", "run", str(folder / "two.yaml"), *flags],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()

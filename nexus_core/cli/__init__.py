@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -95,4 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stderr.flush()
             os._exit(code)
         sys.exit(code)
-    sys.exit(answer if isinstance(answer, int) else 0)
+    code = answer if isinstance(answer, int) else 0
+    if not world_if_any().alone:
+        # The threads that connected the processes may abort a process that unloads its libraries one by one.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
