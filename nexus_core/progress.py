@@ -75,7 +75,8 @@ class Progress:
             return
         seconds = max(now - self._started, 1e-6)
         rate = (self.done - self._first_done) / seconds
-        share = f"{100 * self.done / self.total:3.0f}%  " if self.total else ""
+        # The last piece of work may be larger than what was left of it.
+        share = f"{min(100 * self.done / self.total, 100):3.0f}%  " if self.total else ""
         of_total = f"/{self.total:,}" if self.total else ""
         if closing:
             tail = f"in {clock(seconds)}"
