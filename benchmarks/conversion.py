@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,12 +19,21 @@ from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.recipe.schema import Convert
 from nexus_core.select.selection import LayerSelection, Selection
 from nexus_core.stages.convert import convert
+from nexus_core.statistics.saliency import FILE_NAME as SALIENCY_NAME
+from nexus_core.statistics.saliency import NeuronSaliency
+from nexus_core.types import MoeDescription
 
 CHOSEN = 24
 ROUNDS = 3
 
 # Dequantizing all 128 experts takes about 19 GB; these many are measured and multiplied.
 DEQUANTIZED = 16
+
+# What the published recipe does, and what the others do.
+SETTINGS = {
+    "mean": Convert(),
+    "neurons of the selected experts": Convert(merge="neurons", pool="selected"),
+}
 
 # The embeddings play no part in converting, so the random model has few words and most of its bytes are the layer.
 VOCABULARY = 1024
@@ -36,18 +46,25 @@ def run() -> list[Measurement]:
         synthetic.write(folder / "base", synthetic.config("120b", layers=1) | {"vocab_size": VOCABULARY})
         checkpoint = open_checkpoint(folder / "base")
         out = folder / "converted"
+        saliency = _write_saliency(folder, checkpoint.description)
 
-        def nexus() -> None:
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir()
-            convert(checkpoint, _selection(checkpoint), Convert(), out)
+        def converting(settings: Convert) -> Callable[[], None]:
+            def nexus() -> None:
+                shutil.rmtree(out, ignore_errors=True)
+                out.mkdir()
+                convert(checkpoint, _selection(checkpoint), settings, out, neuron_saliency=saliency)
 
+            return nexus
+
+        subjects = {f"nexus, {name}": converting(settings) for name, settings in SETTINGS.items()}
         # First of all: what an earlier run has freed and the allocator kept would not be seen.
-        with AnonymousMemory() as nexus_memory:
-            nexus()
-        seconds = interleaved(
-            {"floor": lambda: _read_and_write(checkpoint, folder / "floor"), "nexus": nexus}, rounds=ROUNDS
-        )
+        memory = {}
+        for name, nexus in subjects.items():
+            with AnonymousMemory() as measured:
+                nexus()
+            memory[name] = measured.peak_bytes
+        floor_alone = {"floor": lambda: _read_and_write(checkpoint, folder / "floor")}
+        seconds = interleaved(floor_alone | subjects, rounds=ROUNDS)
         with AnonymousMemory() as dense_memory:
             began = time.perf_counter()
             _dequantize_and_average(checkpoint)
@@ -62,7 +79,7 @@ def run() -> list[Measurement]:
 
     return [
         row(floor, seconds["floor"]),
-        row("nexus", seconds["nexus"], f"{nexus_memory.peak_bytes / 1e6:,.0f} MB above imports"),
+        *(row(name, seconds[name], f"{peak / 1e6:,.0f} MB above imports") for name, peak in memory.items()),
         row(
             "dequantize the layer, average (transformers)",
             times * dense_seconds,
@@ -83,6 +100,17 @@ def _selection(checkpoint: Checkpoint) -> Selection:
         recommended_top_k=CHOSEN,
     )
     return Selection(strategy="pca", top_k=CHOSEN, layers=(layer,))
+
+
+def _write_saliency(folder: Path, moe: MoeDescription) -> Path:
+    """Of neurons that differ as much as real ones: a few matter many times as much as the median."""
+    saliency = NeuronSaliency.zeros(moe.layers, ["domain"], moe.experts, moe.expert_width)
+    saliency.tokens += 1
+    torch.manual_seed(0)
+    saliency.activity.log_normal_()
+    saliency.output_norm.log_normal_()
+    saliency.save(folder / SALIENCY_NAME, {})
+    return folder / SALIENCY_NAME
 
 
 def _read_and_write(checkpoint: Checkpoint, scratch: Path) -> None:

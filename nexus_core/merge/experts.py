@@ -26,7 +26,7 @@ NeuronActivations = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TILE_NUMBERS = 3 << 18
 
 # Rows further apart than this are read by themselves; what lies between nearer ones costs less than another read.
-GAP_ROWS = 16
+GAP_ROWS = 64
 
 
 @dataclass(frozen=True)
