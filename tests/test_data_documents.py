@@ -105,6 +105,23 @@ def test_what_is_left_out_is_said_once_a_source(tmp_path, caplog):
     assert "'prompt' is NoneType, not text" in record.getMessage()
 
 
+def test_text_in_other_fields_than_the_one_that_is_read_is_told(tmp_path, caplog):
+    rows = [{"id": "a number", "text": "add two", "code": "def add(a, b): ...", "tests": ["add(1, 2) == 3"]}] * 3
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level(logging.WARNING):
+        found = documents([Source(path=str(path))], "all", TOKENIZER)
+    assert found.report[0].unread == {"id": 24, "code": 54, "tests": 42}
+    assert "a.jsonl: only the field 'text' is read, but code, tests, id hold more text" in caplog.text
+    caplog.clear()
+    # Said by hand, or less than what is read, as notes on it are: nothing to tell.
+    documents([Source(path=str(path), format="text")], "all", TOKENIZER)
+    documents([Source(path=str(path), fields={"text": "text"})], "all", TOKENIZER)
+    path.write_text(json.dumps({"text": "some long text", "source": "a book"}))
+    documents([Source(path=str(path))], "all", TOKENIZER)
+    assert not caplog.records
+
+
 def test_a_record_as_long_as_a_book_is_cut_and_counted(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "LONGEST_PASSAGE_CHARACTERS", 50)
     path = write(tmp_path / "a.jsonl", ["short", "long " * 20])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
-from nexus_core.data.documents import learnt_tokens
 from nexus_core.data.formats import STRATEGIES, Passage, detect, messages, opening, prompt_response, text
+from nexus_core.data.learnt_tokens import learnt_tokens
 from nexus_core.errors import DataError
 
 PLAIN = byte_tokenizer()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from nexus_core.data import formats
+from nexus_core.data.learnt_tokens import tokenize
 from nexus_core.data.passages import MissingPromptError, Passage, Written
 from nexus_core.data.records import find_format, load_records
 from nexus_core.data.source_report import SHORTEST_DOCUMENT, SourceReport
@@ -175,6 +176,12 @@ class _SourceReader(Iterator[Document]):
                 "%s: %s records are longer than %s characters; only their beginning is used",
                 *(report.path, report.oversize, f"{LONGEST_PASSAGE_CHARACTERS:,}"),
             )
+        if report.passed_by():
+            log.warning(
+                "%s: only the field '%s' is read, but %s hold more text; if that is wanted, write `format: text`, "
+                "else say which field is what, e.g. `fields: {prompt: ..., response: ...}`",
+                *(report.path, formats.roles("text", self.records.field_names(), {})["text"], report.passed_by()),
+            )
 
     def _one_pass(self) -> Iterator[Document]:
         generator = np.random.default_rng([*self.seed, self.report.passes])
@@ -223,14 +230,25 @@ class _SourceReader(Iterator[Document]):
         if not any(passage.text.strip() for passage in passages):
             report.empty += 1
             return []
+        self._count_unread(record)
         if any(len(passage.text) > LONGEST_PASSAGE_CHARACTERS for passage in passages):
             report.oversize += 1
             passages = [passage.cut(LONGEST_PASSAGE_CHARACTERS) for passage in passages]
         return passages
 
+    def _count_unread(self, record: dict[str, Any]) -> None:
+        if self.source.format != "auto" or self.source.fields or self.report.format != "text":
+            return
+        read = formats.roles("text", record, {})["text"]
+        for name, value in record.items():
+            if name == read:
+                self.report.characters += len(value)
+            elif characters := _characters(value):
+                self.report.unread[name] = self.report.unread.get(name, 0) + characters
+
     def _tokenized(self, passages: list[Passage | Written]) -> Iterator[Document]:
         report = self.report
-        for passage, (tokens, learns) in zip(passages, _tokens(passages, self.tokenizer), strict=True):
+        for passage, (tokens, learns) in zip(passages, tokenize(passages, self.tokenizer), strict=True):
             if len(tokens) < SHORTEST_DOCUMENT:
                 report.too_short += 1
                 continue
@@ -245,38 +263,11 @@ class _SourceReader(Iterator[Document]):
             yield Document(np.array(tokens, dtype=np.int32), learns, self.source.path, learns_end)
 
 
-def _tokens(
-    passages: Sequence[Passage | Written], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-    """Of every passage its tokens, and which of them are learnt."""
-    encoded = tokenizer(
-        # The tokenizer refuses an empty list.
-        ["", *(passage.text for passage in passages if isinstance(passage, Passage))],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    tokenized = zip(encoded["input_ids"][1:], encoded["offset_mapping"][1:], strict=True)
-    for passage in passages:
-        if isinstance(passage, Written):
-            yield passage.tokens, np.array(passage.learns, dtype=bool)
-        else:
-            tokens, offsets = next(tokenized)
-            yield tokens, learnt_tokens(passage, np.array(offsets))
-
-
-def learnt_tokens(passage: Passage, offsets: np.ndarray) -> np.ndarray:
-    """Which tokens (n,) touch a learnt character range. offsets (n, 2): each token's characters [start, end).
-
-    Some tokenizers trim white space off offsets, so that a line break's are empty and lie at its end: it belongs to
-    the range its end lies in.
-    """
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    learns = np.zeros(len(offsets), dtype=bool)
-    for start, end in passage.learnt:
-        learns |= (ends > start) & ((starts < end) | (ends <= end))
-    return learns
+def _characters(value: Any) -> int:
+    """Of a text or a list of texts."""
+    if isinstance(value, str):
+        return len(value)
+    return sum(len(item) for item in value if isinstance(item, str)) if isinstance(value, list) else 0
 
 
 def _shuffled(records: Iterable[dict[str, Any]], generator: np.random.Generator) -> Iterator[dict[str, Any]]:

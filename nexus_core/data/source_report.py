@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # A document of one token has nothing to predict.
 SHORTEST_DOCUMENT = 2
@@ -14,7 +14,8 @@ class SourceReport:
 
     records: read, of which `other_part` belong to the other part of the split and the next six could not be used;
     first_problem is one of the unreadable ones' errors. oversize: used, but only their beginning. documents, tokens:
-    what was made of the rest; a conversation may give several. passes: how often it was read to its end.
+    what was made of the rest; a conversation may give several. passes: how often it was read to its end. unread:
+    characters by field that plain text was not read from, where nobody had said which field is the text.
     """
 
     path: str
@@ -32,6 +33,8 @@ class SourceReport:
     documents: int = 0
     tokens: int = 0
     passes: int = 0
+    characters: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
 
     def left_out(self) -> str:
         """What was left out and why, in a few words; empty if nothing was."""
@@ -45,3 +48,8 @@ class SourceReport:
         }
         parts = [f"{count:,} {reason}" for reason, count in counts.items() if count]
         return ", ".join(parts) + (f" ({self.first_problem})" if self.unreadable else "")
+
+    def passed_by(self) -> str:
+        """The fields that hold more text together than the one that was read; empty if there are none."""
+        fields = sorted(self.unread, key=lambda name: -self.unread[name])
+        return ", ".join(fields) if sum(self.unread.values()) > self.characters else ""
