@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.starts.experts import hold_dense
-from benchmarks.starts.subjects import RETENTION_WEIGHT
+from benchmarks.starts.subjects import RETENTION_WEIGHT, Retention
 from benchmarks.starts.tool_calls import write_tool_calls
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.data.isolation import isolates_documents
@@ -19,7 +19,7 @@ from nexus_core.data.mixture import TrainingBatches
 from nexus_core.data.packing import PackedSequences
 from nexus_core.models import load
 from nexus_core.recipe.schema import Source
-from nexus_core.recipe.training import Evaluate, Schedule, Train
+from nexus_core.recipe.training import Evaluate, Loss, Schedule, Train
 from nexus_core.stages.train import training_objective
 from nexus_core.stages.training_text import held_out_sequences, training_sequences
 from nexus_core.statistics.listening import listen
@@ -63,8 +63,8 @@ class Lesson:
 class Setting:
     """The base model, and the lessons that all subjects get alike. folder: where made-up text goes."""
 
-    def __init__(self, folder: Path, sizes: Sizes):
-        self.folder, self.sizes = folder, sizes
+    def __init__(self, folder: Path, sizes: Sizes, retention: Retention | None = None):
+        self.folder, self.sizes, self.retention = folder, sizes, retention or Retention()
         self.checkpoint: Checkpoint = open_checkpoint(MODEL)
         self._lessons: dict[tuple[str, int, int], Lesson] = {}
         self._held_out: dict[str, HeldOut] = {}
@@ -79,10 +79,15 @@ class Setting:
 
     def settings(self, domain: str, seed: int, length: int = 1) -> Train:
         """As the demo's recipe trains, but for length and rate."""
+        kept = self.retention
         return Train(
-            data={domain: 0.75, KEPT: 0.25},
+            data={domain: 1 - kept.kept_share, KEPT: kept.kept_share},
             learn=[domain],
-            losses={"lm": 1.0, "router_kl": 1.0, "logits_kl": RETENTION_WEIGHT},
+            losses={
+                "lm": 1.0,
+                "router_kl": 1.0,
+                "logits_kl": Loss(weight=kept.weight, direction=kept.direction),
+            },
             schedule=Schedule(warmup_ratio=0.1, stable_ratio=0.4, temperature=(2.0, 1.0)),
             max_steps=length * self.sizes.steps,
             sequence_length=self.sizes.sequence_length,

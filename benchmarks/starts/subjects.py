@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from nexus_core.distill.divergence import Direction
+
 # lora: on attention and router; lora_experts: on attention and routed experts; full: everything but the output head.
 Kind = Literal["shared", "full", "lora", "lora_experts", "router"]
 
@@ -137,5 +139,14 @@ class Result:
         return cls(Training(Subject(**subject), **training), **values)
 
 
-# The weight of the KL that holds the kept text, in these trainings and in the recipes.
+# The weight of the KL that holds the kept text, in these trainings and in the recipes; also what rates are chosen by.
 RETENTION_WEIGHT = 4.0
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How the rest is held: kept text's share of the tokens, and the KL to the base on it."""
+
+    weight: float = RETENTION_WEIGHT
+    kept_share: float = 0.25
+    direction: Direction = "forward"
