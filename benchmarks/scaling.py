@@ -1,12 +1,14 @@
-"""How the cost of collecting and of training grows with layers, experts and tokens, on random models of a small width.
+"""How the cost of collecting and of training grows with layers, experts and tokens, on random models of a small width,
+and that of training with processes, on the demo.
 
-Processor time of one thread, so that other work on the machine counts for little. Draws `scaling.png` beside the JSON.
+Processor time, so that other work on the machine counts for little. Draws `scaling.png` beside the JSON.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from nexus_gpt_oss import synthetic
 
 from benchmarks.measurement import Measurement
+from benchmarks.process_costs import StepCost, costs
 from nexus_core.checkpoint.source import Checkpoint
 from nexus_core.pipeline.rehearsal import Rehearsal, random_sequences
 from nexus_core.plugins import installed
@@ -61,8 +64,27 @@ def run() -> list[Measurement]:
                     )
                 )
         panels[LABELS[what]] = dict(curves)
+    shared = costs()
+    panels["processes"] = {"train": [(n, each.processor_seconds) for (n, stage), each in shared.items() if not stage]}
+    found += by_processes(shared)
     scaling_picture(panels, "processor seconds per batch").savefig(PICTURE, dpi=130)
     return found
+
+
+def by_processes(costs: Mapping[tuple[int, int | None], StepCost]) -> list[Measurement]:
+    """Ratios to one process alone."""
+    alone = costs[1, None]
+    return [
+        Measurement(
+            "a step of the demo, 2,048 tokens, by processes: processor seconds of all of them",
+            f"{processes} process{'es' if processes > 1 else ''}" + (f", ZeRO {stage}" if stage else ""),
+            each.processor_seconds,
+            each.processor_seconds / alone.processor_seconds,
+            "one process",
+            f"{each.seconds:.2f} s by the clock; {each.peak_bytes / 1e6:,.0f} MB resident each",
+        )
+        for (processes, stage), each in costs.items()
+    ]
 
 
 def cost(layers: int, experts: int, tokens: int) -> Cost:

@@ -22,13 +22,15 @@ def scaling_picture(panels: Mapping[str, Mapping[str, Curve]], cost: str) -> Fig
     lowest, highest = min(costs) / 1.3, max(costs) * 1.3
     ticks = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
     shown = [tick for tick in ticks if lowest <= tick <= highest]
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     figure = Figure(figsize=(3.6 * len(panels), 3.4), layout="constrained")
     for place, (size, curves) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), place + 1)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         for name, curve in curves.items():
-            axes.plot([x for x, _ in curve], [y for _, y in curve], marker="o", markersize=4, label=name)
+            xs, ys = zip(*curve, strict=True)
+            axes.plot(xs, ys, marker="o", markersize=4, color=f"C{names.index(name)}", label=name)
         sizes = sorted({x for curve in curves.values() for x, _ in curve})
         first = min(curve[0][1] for curve in curves.values())
         axes.plot(
