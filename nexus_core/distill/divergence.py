@@ -23,7 +23,8 @@ def divergence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum over tokens in nats, and its gradient (T, X) with respect to the student's logits.
 
-    Both arguments are log-probabilities and are overwritten. p teacher, q student, m = (p + q) / 2; logits a of q:
+    Both arguments are log-probabilities and are overwritten: with them there are three tensors of their size at once,
+    four for jensen_shannon. p teacher, q student, m = (p + q) / 2; logits a of q:
 
     * forward, KL(p || q): gradient q - p
     * reverse, KL(q || p): gradient q (log q/p - KL)
@@ -36,11 +37,11 @@ def divergence(
     student_TX = log_student_TX.exp()
     if direction == "reverse":
         ratio_TX = log_student_TX.sub_(log_teacher_TX)
-        kl_T1 = (student_TX * ratio_TX).sum(dim=-1, keepdim=True)
+        kl_T1 = torch.mul(student_TX, ratio_TX, out=log_teacher_TX).sum(dim=-1, keepdim=True)
         return kl_T1.sum(), student_TX.mul_(ratio_TX.sub_(kl_T1))
     log_mean_TX = torch.logaddexp(log_student_TX, log_teacher_TX).sub_(math.log(2))
     ratio_TX = log_student_TX.sub_(log_mean_TX)
-    kl_T1 = (student_TX * ratio_TX).sum(dim=-1, keepdim=True)
-    teacher_TX = log_teacher_TX.exp()
-    teacher_kl = log_teacher_TX.sub_(log_mean_TX).mul_(teacher_TX).sum()
+    teacher_ratio_TX = torch.sub(log_teacher_TX, log_mean_TX, out=log_mean_TX)
+    teacher_kl = teacher_ratio_TX.mul_(log_teacher_TX.exp_()).sum()
+    kl_T1 = torch.mul(student_TX, ratio_TX, out=log_teacher_TX).sum(dim=-1, keepdim=True)
     return (kl_T1.sum() + teacher_kl) / 2, student_TX.mul_(ratio_TX.sub_(kl_T1)).div_(2)

@@ -15,11 +15,14 @@ KEY_PREFIX = "anchor/"
 
 
 class Anchor:
-    """Holds the earlier state of `masters` (float32, by name), as many numbers as are trained."""
+    """Holds the earlier state of `masters` (float32, by name), as many numbers as are trained.
+
+    On the CPU: it is looked at once in `interval` steps, and would take 4 bytes a number of a GPU all the time.
+    """
 
     def __init__(self, interval: int, alpha: float, masters: Mapping[str, torch.Tensor]):
         self.interval, self.alpha = interval, alpha
-        self._anchor = {name: tensor.detach().clone() for name, tensor in masters.items()}
+        self._anchor = {name: tensor.detach().to("cpu", copy=True) for name, tensor in masters.items()}
 
     def is_due(self, step: int) -> bool:
         """Whether it is time to average after this step."""

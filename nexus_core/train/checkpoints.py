@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from nexus_core.checkpoint.writer import sync_folder
+from nexus_core.checkpoint.writer import sync_folder, write_shard
 
 TRAINABLES = "trainables.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -58,8 +57,9 @@ def write_position(
     partial = checkpoints / f"{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file(_on_cpu(trainables), partial / TRAINABLES)
-    save_file(_on_cpu(optimizer), partial / OPTIMIZER)
+    # One tensor at a time, so that neither masters nor moments of a GPU are whole in the machine's memory.
+    write_shard(partial / TRAINABLES, trainables)
+    write_shard(partial / OPTIMIZER, optimizer)
     (partial / POSITION).write_text(json.dumps({"step": step, **record}, indent=2) + "\n")
     # The rename must not reach the disk before the content does.
     sync_folder(partial)
@@ -112,7 +112,3 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

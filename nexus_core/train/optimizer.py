@@ -1,21 +1,25 @@
 """AdamW whose numbers are always float32, whatever the model computes in.
 
 A step of 1e-5 is lost in a bfloat16 weight of 0.1, whose neighbours are 5e-4 away. So every parameter in bfloat16 has
-a float32 master: gradients are summed into it, AdamW moves it, and the parameter is its rounded copy. A parameter
-that is float32 already is its own master.
+a float32 master: gradients are summed in float32, AdamW moves the master, and the parameter is its rounded copy. How
+that is kept in 14 bytes a number instead of 18 is in `float32_masters`. A parameter that is float32 already is its own
+master.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from nexus_core.errors import TrainingError
+from nexus_core.train.float32_masters import Buffers, Float32Master, Move
+from nexus_core.train.on_demand import OnDemand
 
 # What AdamW keeps of every parameter; a checkpoint may hold others' tensors beside these.
 _ADAM_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
@@ -63,104 +67,122 @@ class Optimizer:
     """
 
     def __init__(self, groups: Sequence[ParameterGroup], *, weight_decay: float = 0.0, keeps_copies: bool = False):
-        """keeps_copies: parameters in float32 get a master of their own too."""
-        self._masters: dict[str, torch.Tensor] = {}
-        self._rounded: dict[str, nn.Parameter] = {}
-        self._hooks: list[RemovableHandle] = []
-        for _, _, members in _by_decay(groups):
-            for name, parameter in members.items():
-                self._masters[name] = self._master(name, parameter, keeps_copies=keeps_copies)
-        divided = adam_groups(groups, self._masters, weight_decay=weight_decay)
-        # fused: one pass over memory, and no temporaries the size of all parameters
-        self._adam = torch.optim.AdamW(divided or [{"params": []}], lr=0.0, fused=True)
-        if not divided:
-            self._adam.param_groups.clear()
+        """keeps_copies: parameters in float32 get a master of their own too, and may be gone between steps."""
+        self._groups = [
+            _Group(
+                {name: Float32Master.of(parameter, keeps_copy=keeps_copies) for name, parameter in members.items()},
+                weight_decay if has_decay else 0.0,
+                group.lr_multiplier,
+                group.part,
+            )
+            for group, has_decay, members in _by_decay(groups)
+        ]
+        self._masters = {name: master for group in self._groups for name, master in group.masters.items()}
 
-    def _master(self, name: str, parameter: nn.Parameter, *, keeps_copies: bool) -> torch.Tensor:
-        if parameter.dtype in (torch.float32, torch.float64) and not keeps_copies:
-            return parameter
-        master = parameter.detach().float().clone()
-        self._rounded[name] = parameter
-
-        def take_gradient(rounded: torch.Tensor) -> None:
-            assert rounded.grad is not None
-            gradient = rounded.grad.float()
-            master.grad = gradient if master.grad is None else master.grad + gradient
-            rounded.grad = None
-
-        self._hooks.append(parameter.register_post_accumulate_grad_hook(take_gradient))
-        return master
+    @property
+    def names(self) -> Collection[str]:
+        """Of the parameters, in the order of the groups."""
+        return self._masters.keys()
 
     def learning_rates(self, learning_rate: float, *, fixed: Collection[Part] = ()) -> dict[Part, float]:
         """Of each part in a step with this rate; 0 for parts that no longer learn."""
         return {
-            group["part"]: 0.0 if group["part"] in fixed else learning_rate * group["lr_multiplier"]
-            for group in self._adam.param_groups
+            group.part: 0.0 if group.part in fixed else learning_rate * group.lr_multiplier for group in self._groups
         }
 
     def forget_gradients(self) -> None:
         """Drop what the backward passes since the last step have summed."""
-        self._adam.zero_grad()
+        for master in self._masters.values():
+            master.gradient = None
 
+    @torch.no_grad()
     def step(self, learning_rate: float, *, max_gradient_norm: float, fixed: Collection[Part] = ()) -> float:
         """Clip, move every parameter, forget the gradients; returns the gradient's norm before clipping.
 
         fixed: parts that no longer learn. Raises TrainingError, with nothing moved, if the norm is not finite.
         """
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate * group["lr_multiplier"]
-            if group["part"] in fixed:
-                # without a gradient AdamW passes them over: no decay, no momentum
-                for master in group["params"]:
-                    master.grad = None
-        norm = float(torch.nn.utils.clip_grad_norm_(self._masters.values(), max_gradient_norm))
-        if not torch.isfinite(torch.tensor(norm)):
-            self._adam.zero_grad()
-            raise TrainingError(f"the gradient norm is {norm}")
-        self._adam.step()
-        self._adam.zero_grad()
-        self._round()
-        return norm
+        for group in self._groups:
+            if group.part in fixed:
+                # without a gradient they are passed over: no decay, no momentum
+                for master in group.masters.values():
+                    master.gradient = None
+        norm = self._gradient_norm()
+        if not math.isfinite(norm):
+            self.forget_gradients()
+            raise TrainingError(f"the gradient norm is {float(norm)}")
+        # One parameter after the other, each to its end: what a step needs beside the state is one piece's.
+        buffers, clip = Buffers(), _clip(norm, max_gradient_norm)
+        for group in self._groups:
+            move = Move(clip, learning_rate * group.lr_multiplier, group.weight_decay)
+            for master in group.masters.values():
+                if master.gradient is not None:
+                    master.step(move, buffers)
+        return float(norm)
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """Of all gradients together, a float32 number on the CPU, to the bit as `clip_grad_norm_` has it there."""
+        norms = [master.gradient_norm() for master in self._masters.values() if master.gradient is not None]
+        if not norms:
+            return torch.zeros(())
+        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])).cpu()
 
     def gradients(self) -> Iterator[torch.Tensor]:
-        """What the backward passes since the last step have summed, in the order of the groups; changed in place."""
-        return (master.grad for master in self._masters.values() if master.grad is not None)
+        """What the backward passes since the last step have summed, in the order of the groups; changed in place.
 
-    def _round(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self._rounded.items():
-                parameter.copy_(self._masters[name])
+        They are float32 from then on, 4 bytes a number: for sums over several processes, which bfloat16 would round.
+        """
+        return (master.sum_in_float32() for master in self._masters.values() if master.gradient is not None)
 
-    def masters(self) -> dict[str, torch.Tensor]:
-        """The float32 numbers by parameter name; after changing them in place, call `masters_changed`."""
-        return dict(self._masters)
-
-    def masters_changed(self) -> None:
-        """Let the model's parameters follow their masters."""
-        self._round()
-
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Masters and AdamW's state, as `master/NAME`, `step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
-        tensors = {f"master/{name}": self._masters[name] for name in self._rounded}
+    def change(self, change: Callable[[str, torch.Tensor], None]) -> None:
+        """Call with each name and its float32 numbers, whole, to be changed in place; parameters follow them."""
         for name, master in self._masters.items():
-            for kind, tensor in self._adam.state.get(master, {}).items():
-                tensors[f"{kind}/{name}"] = tensor
-        return tensors
+            master.change(partial(change, name))
+
+    def masters(self) -> Mapping[str, torch.Tensor]:
+        """The float32 numbers by parameter name; each is a copy, made when it is asked for."""
+        return OnDemand({name: master.numbers for name, master in self._masters.items()})
+
+    def state_tensors(self) -> OnDemand:
+        """Masters and AdamW's state, as `master/NAME`, `step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`.
+
+        Masters are copies, each made when it is asked for; the rest is what the next step changes.
+        """
+        tensors = {
+            f"master/{name}": master.numbers for name, master in self._masters.items() if not master.is_parameter
+        }
+        for name, master in self._masters.items():
+            tensors |= {f"{kind}/{name}": partial(master.adam.__getitem__, kind) for kind in master.adam}
+        return OnDemand(tensors)
 
     def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over what `state_tensors` gave; parameters in bfloat16 become their masters' rounded copies."""
-        with torch.no_grad():
-            for name in self._rounded:
-                self._masters[name].copy_(tensors[f"master/{name}"])
-        self._round()
-        for key, tensor in tensors.items():
+        for name, master in self._masters.items():
+            if not master.is_parameter:
+                self.set_master(name, tensors[f"master/{name}"])
+        for key in tensors:
             kind, _, name = key.partition("/")
             if kind in _ADAM_STATE:
                 master = self._masters[name]
-                self._adam.state[master][kind] = tensor.to(master.device, copy=True)
+                master.adam[kind] = tensors[key].to(master.parameter.device, copy=True)
+
+    def set_master(self, name: str, numbers: torch.Tensor) -> None:
+        """Give a parameter these float32 numbers."""
+        self._masters[name].change(lambda master: master.copy_(numbers))
 
     def close(self) -> None:
         """Leave the model's parameters without hooks and gradients."""
-        for hook in self._hooks:
-            hook.remove()
-        self._adam.zero_grad()
+        for master in self._masters.values():
+            master.close()
+
+
+@dataclass(frozen=True)
+class _Group:
+    masters: dict[str, Float32Master]
+    weight_decay: float
+    lr_multiplier: float
+    part: Part
+
+
+def _clip(norm: torch.Tensor, max_norm: float) -> float:
+    """What gradients of that norm are multiplied by, in the norm's precision, as `clip_grad_norm_` has it."""
+    return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from nexus_core.train.on_demand import OnDemand
 from nexus_core.train.optimizer import Part
 
 # Called with a name and the float32 numbers of that parameter, whole, which it changes in place.
@@ -55,8 +56,11 @@ class Engine(Protocol):
         """Change the float32 numbers of every parameter that learns by gradient, the same on all processes."""
         ...
 
-    def masters(self) -> dict[str, torch.Tensor]:
-        """The float32 numbers of every parameter that learns by gradient, whole, on all processes; to be read only."""
+    def masters(self) -> Mapping[str, torch.Tensor]:
+        """The float32 numbers of every parameter that learns by gradient, whole, on all processes; to be read only.
+
+        They may be made when they are asked for: whoever takes one after the other holds one at a time.
+        """
         ...
 
     def writing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
@@ -71,7 +75,7 @@ class Engine(Protocol):
         """Put numbers into the parameters of these names."""
         ...
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
+    def state_tensors(self) -> OnDemand:
         """The optimizer's state, whole, as `Optimizer.state_tensors`. For the first process; others may get less."""
         ...
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nexus_core.processes import sum_in_place
+from nexus_core.processes import sum_in_place, world
 from nexus_core.train.engines.engine import Change
+from nexus_core.train.on_demand import OnDemand
 from nexus_core.train.optimizer import Optimizer, Part
 from nexus_core.train.setup import Trainables
 
@@ -35,8 +36,9 @@ class PlainEngine:
         self._optimizer.forget_gradients()
 
     def step(self, *, max_gradient_norm: float) -> float:
-        for gradient in self._optimizer.gradients():
-            sum_in_place(gradient)
+        if not world().alone:
+            for gradient in self._optimizer.gradients():
+                sum_in_place(gradient)
         return self._optimizer.step(self._learning_rate, max_gradient_norm=max_gradient_norm, fixed=self._fixed)
 
     def learning_rates(self) -> dict[Part, float]:
@@ -44,11 +46,9 @@ class PlainEngine:
 
     @torch.no_grad()
     def change(self, change: Change) -> None:
-        for name, master in self._optimizer.masters().items():
-            change(name, master)
-        self._optimizer.masters_changed()
+        self._optimizer.change(change)
 
-    def masters(self) -> dict[str, torch.Tensor]:
+    def masters(self) -> Mapping[str, torch.Tensor]:
         return self._optimizer.masters()
 
     def writing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
@@ -62,7 +62,7 @@ class PlainEngine:
         for name, tensor in tensors.items():
             self._parameters[name].copy_(tensor)
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
+    def state_tensors(self) -> OnDemand:
         return self._optimizer.state_tensors()
 
     def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -24,6 +24,7 @@ from nexus_core.train.engines.cut_model import CutModel, HiddenStates
 from nexus_core.train.engines.deepspeed_library import configuration, deepspeed_library, leaf_modules
 from nexus_core.train.engines.engine import Change
 from nexus_core.train.engines.masters import Masters
+from nexus_core.train.on_demand import OnDemand
 from nexus_core.train.optimizer import Optimizer, ParameterGroup, Part, adam_groups
 from nexus_core.train.setup import Trainables
 
@@ -170,14 +171,13 @@ class ZeroEngine:
             master = self._masters.whole(self._parameters[name])
             change(name, master)
             self._write(name, master)
-        for name, master in self._uncut.masters().items():
-            change(name, master)
-            self._write(name, master)
+        with self.writing(self._uncut_parameters):
+            self._uncut.change(change)
 
     @torch.no_grad()
-    def masters(self) -> dict[str, torch.Tensor]:
+    def masters(self) -> Mapping[str, torch.Tensor]:
         cut = {name: self._masters.whole(self._parameters[name]).cpu() for name in self._cut}
-        return cut | self._uncut.masters()
+        return cut | dict(self._uncut.masters())
 
     @contextmanager
     def writing(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -203,7 +203,7 @@ class ZeroEngine:
             self._write(name, tensor)
 
     @torch.no_grad()
-    def state_tensors(self) -> dict[str, torch.Tensor]:
+    def state_tensors(self) -> OnDemand:
         # The masters of what is not cut are its float32 numbers, which `whole` gives.
         found = {key: tensor for key, tensor in self._uncut.state_tensors().items() if not key.startswith("master/")}
 
@@ -218,7 +218,7 @@ class ZeroEngine:
             keep(f"step/{name}", self._masters.steps(self._group_of[name]).clone())
             for kind in ADAM_STATE:
                 keep(f"{kind}/{name}", self._masters.whole(parameter, kind))
-        return found
+        return OnDemand.of(found)
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -247,10 +247,11 @@ class ZeroEngine:
         parameter = self._parameters[name]
         if name in self._cut:
             self._masters.set(parameter, tensor)
-        elif name in self._uncut.masters():
-            self._uncut.masters()[name].copy_(tensor)
         with self._gathered([parameter], changes=True):
-            parameter.copy_(tensor)
+            if name in self._uncut.names:
+                self._uncut.set_master(name, tensor)
+            else:
+                parameter.copy_(tensor)
 
     @contextmanager
     def _gathered(self, parameters: Sequence[nn.Parameter], *, changes: bool = False) -> Iterator[None]:
