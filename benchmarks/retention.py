@@ -98,7 +98,7 @@ def read(folder: Path) -> dict[tuple[Retention, int], Outcome]:
 def table(done: Mapping[tuple[Retention, int], Outcome]) -> list[str]:
     """Markdown: mean and standard deviation over the seeds, a row per setting."""
     lines = [
-        "| `logits_kl` | kept text | direction | gain | forgotten: prose (kept) | code (unseen) | gain per forgotten |",
+        "| `logits_kl` | kept text | direction | gain | forgotten: prose (kept) | code (unseen) | gain by forgotten |",
         "|---|---|---|---|---|---|---|",
     ]
     for retention in RETENTIONS:
@@ -110,7 +110,7 @@ def table(done: Mapping[tuple[Retention, int], Outcome]) -> list[str]:
         cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns]
         gain, kept, unseen = map(statistics.mean, columns)
         ratio = f"{gain / ((kept + unseen) / 2):.0f}" if kept + unseen > 0 else ""
-        what = f"| {retention.weight:g} | {retention.kept_share:.0%} | {retention.direction} "
+        what = f"| {retention.weight:g} | {retention.kept_share:.0%} | {retention.direction.replace('_', '-')} "
         lines.append(f"{what}| {' | '.join(cells)} | {ratio} |")
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from benchmarks.retention import FILE_NAME, Outcome, read, run, table
 from benchmarks.starts.setting import KEPT, Setting, Sizes
 from benchmarks.starts.subjects import Retention
 from nexus_core.recipe.training import Loss
+
+ROOT = Path(__file__).parents[1]
 
 MINIATURE = Sizes(steps=4, sequence_length=64, batch_size=4, held_out_sequences=2, collected_tokens=512, candidates=50)
 
@@ -43,6 +46,15 @@ def test_what_was_finished_is_not_trained_again(tmp_path: Path, monkeypatch: pyt
     (outcome,) = run(done, tmp_path, MINIATURE)
     assert (outcome.retention, outcome.seed) == (free, 0)
     assert outcome.gain > 0
+
+
+def test_the_page_shows_what_was_recorded(tmp_path: Path) -> None:
+    recorded = ROOT / "benchmarks" / "starts" / "recorded" / FILE_NAME
+    shutil.copy(recorded, tmp_path)
+    done = read(tmp_path)
+    assert len(done) == len(retention.RETENTIONS) * len(retention.SEEDS)
+    page = (ROOT / "docs" / "training.md").read_text().splitlines()
+    assert [line for line in table(done) if line not in page] == []
 
 
 def test_table_gives_mean_and_spread_of_what_has_several_seeds() -> None:
