@@ -208,3 +208,11 @@ def test_a_server_that_does_not_answer_is_a_sentence() -> None:
     result = nexus_compare("--uri", "http://127.0.0.1:9")
     assert isinstance(result.exception, UsageError)
     assert "127.0.0.1:9" in str(result.exception)
+
+
+def test_what_cannot_be_opened_as_a_database_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "folder.db").mkdir()
+    (tmp_path / "letter.db").write_text("Dear database")
+    for name, reason in (("folder", "Is a directory"), ("letter", "file is not a database")):
+        with pytest.raises(UsageError, match=rf"{name}\.db: recorded runs cannot be read: .*{reason}"):
+            recorded_runs(f"sqlite:///{tmp_path / name}.db")

@@ -20,7 +20,7 @@ def override(located: Located, assignments: Sequence[str], root: KeyPath = ()) -
         where = f"--set {assignment}"
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
-            problems.append(Problem(where, "", "has no key and value; write --set KEY=VALUE, e.g. train.max_steps=100"))
+            problems.append(Problem(where, "", "has no key and value; write --set KEY=VALUE"))
             continue
         try:
             value = read_yaml(text, where)

@@ -98,8 +98,6 @@ class MlflowObserver:
             self._connected = connect(self.uri)
         return self._connected
 
-    # --- the run -------------------------------------------------------------------------------------------------
-
     def _start_run(self, run: RunDescription) -> None:
         experiment_id = self._experiment_id()
         self._end_abandoned_runs(experiment_id, run.recipe)
@@ -152,8 +150,6 @@ class MlflowObserver:
         for stage in list(self._run_ids):
             self._end_stage(stage, "KILLED")
         self._client.set_terminated(self._parent_id, "FINISHED" if status == "done" else "FAILED")
-
-    # --- a stage -------------------------------------------------------------------------------------------------
 
     def _start_stage(self, stage: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> None:
         experiment_id = self._client.get_run(self._parent_id).info.experiment_id
@@ -220,8 +216,6 @@ class MlflowObserver:
     def _end_stage(self, stage: str, status: str) -> None:
         self._flush()
         self._client.set_terminated(self._run_ids.pop(stage), status)
-
-    # --- writing -------------------------------------------------------------------------------------------------
 
     def _write_parameters(self, run_id: str, settings: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

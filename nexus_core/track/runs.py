@@ -33,6 +33,9 @@ def recorded_runs(uri: str, experiment: str | None = None) -> list[RecordedRun]:
             "--store or --uri"
         )
     try:
+        if database is not None:
+            # MLflow would try again for minutes what cannot be opened.
+            database.open("rb").close()
         client = connect(uri)
         experiments = {found.name: found.experiment_id for found in client.search_experiments()}
         if experiment is not None:
