@@ -54,7 +54,7 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
-# --- family hooks: which checkpoint, and what is in it -------------------------------------------------------------
+# Family hooks: which checkpoint, and what is in it.
 
 
 @hookspec
@@ -174,7 +174,7 @@ def nexus_register_auto() -> None:
     """
 
 
-# --- family hooks: the running model -------------------------------------------------------------------------------
+# Family hooks: the running model.
 
 
 @hookspec(firstresult=True)
@@ -198,9 +198,8 @@ def nexus_gate_weights(
 
     router: the layer's router's own tensors by name, as its `named_parameters` and `named_buffers` give them (those of
     modules inside it with dots), for rules that choose by more than the logits, such as a selection bias; most leave
-    the argument out. The weights may be in
-    float32 where the running model rounds them. Used where only logits are at hand (stored statistics, tests that
-    replay a router).
+    the argument out. The weights may be in float32 where the running model rounds them. Used where only logits are at
+    hand (stored statistics, tests that replay a router).
     """
 
 
@@ -259,7 +258,7 @@ def nexus_reply_parts(config: Mapping[str, Any], text: str) -> tuple[str, str] |
     """
 
 
-# --- family hooks: converted and exported checkpoints --------------------------------------------------------------
+# Family hooks: converted and exported checkpoints.
 
 
 @hookspec(firstresult=True)
@@ -279,7 +278,7 @@ def nexus_converted_config(config: Mapping[str, Any], width: int) -> dict[str, A
     """The config.json of the converted checkpoint: the base's, with the own model_type and the shared width."""
 
 
-# --- registering hooks ---------------------------------------------------------------------------------------------
+# Registering hooks.
 
 
 @hookspec
@@ -317,7 +316,7 @@ def nexus_cli_commands() -> list[click.Command]:
     """Further commands of `nexus`. Asked only when a command is not one of core's, so help stays quick."""
 
 
-# --- observing hooks -----------------------------------------------------------------------------------------------
+# Observing hooks.
 
 
 @hookspec

@@ -119,7 +119,9 @@ class RunningCosts:
 
     Of a layer, per token: forward_numbers held at once on the way forward, backward_numbers on the way back beside what
     was kept; kept_numbers kept for the backward pass, and kept_bytes beside them, of a type that is always the same;
-    shared_numbers that a shared expert keeps for each of its neurons.
+    shared_numbers that a shared expert keeps for each of its neurons; cached_numbers that a key-value cache keeps, None
+    for keys and values of every head. sliced_forward, sliced_backward: what is held beside these for some tokens at a
+    time only, as pairs: how many, and numbers for each.
     """
 
     packed_bytes: int
@@ -138,6 +140,9 @@ class RunningCosts:
     kept_bytes: float = 0.0
     shared_numbers: float = 7.0
     score_tokens: int | None = None
+    cached_numbers: float | None = None
+    sliced_forward: tuple[tuple[float, float], ...] = ()
+    sliced_backward: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from nexus_core.merge import LayerExperts
+from nexus_core.merge import STRATEGIES, LayerExperts, expert_output
+from nexus_core.select import LayerSelection
 from nexus_core.statistics.saliency import LayerSaliency
-from nexus_core.types import ExpertWeights
+from nexus_core.types import ExpertWeights, Strategy
 
 EXPERTS, HIDDEN, WIDTH, INPUTS = 8, 12, 8, 20
+SALIENCY_EF = np.random.default_rng(5).random((EXPERTS, WIDTH))
 
 
 def random_expert(index: int, *, dtype: torch.dtype = torch.float32, has_biases: bool = True) -> ExpertWeights:
@@ -71,3 +73,28 @@ def permuted(weights: ExpertWeights, order: torch.Tensor) -> ExpertWeights:
         None if weights.up_bias is None else weights.up_bias[order],
         weights.down_bias,
     )
+
+
+def strategy_of(name: str) -> Strategy:
+    return next(strategy for strategy in STRATEGIES if strategy.name == name)
+
+
+def merge(
+    name: str,
+    chosen: tuple[int, ...],
+    experts: LayerExperts | None = None,
+    width: int = WIDTH,
+    importance: tuple[float, ...] = (),
+    seed: int = 0,
+    **parameters: object,
+) -> ExpertWeights:
+    strategy = strategy_of(name)
+    layer = LayerSelection(layer=0, experts=chosen, importance=importance or (1 / EXPERTS,) * EXPERTS)
+    model = strategy.parameters.model_validate(parameters) if strategy.parameters else None
+    generator = torch.Generator().manual_seed(seed)
+    experts = experts or layer_experts(saliency_EF=SALIENCY_EF)
+    return strategy.function(experts, layer, width, model, generator)
+
+
+def output_of(weights: ExpertWeights, hidden_TD: torch.Tensor) -> torch.Tensor:
+    return expert_output(weights, hidden_TD, activation)

@@ -66,5 +66,5 @@ def answers(
 ) -> tuple[torch.Tensor, ...]:
     """Output, and gradients of hidden states and gate weights for a fixed random cotangent."""
     output_TD = module(hidden_TD, indices_TK, weights_TK)
-    cotangent_TD = torch.randn(output_TD.shape, generator=torch.Generator().manual_seed(1)).to(output_TD.dtype)
+    cotangent_TD = torch.randn(output_TD.shape, generator=torch.Generator().manual_seed(1)).to(output_TD)
     return output_TD, *torch.autograd.grad(output_TD, (hidden_TD, weights_TK), cotangent_TD)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import click
 import pytest
+from command_line import call
 
 from nexus_core import __version__, plugins
-from nexus_core.cli import COMMANDS, main, nexus
+from nexus_core.cli import COMMANDS, nexus
 from nexus_core.errors import StageError
 from nexus_core.hookspecs import hookimpl
 
@@ -28,14 +29,6 @@ HEAVY = (
     "matplotlib",
     "yaml",
 )
-
-
-def call(*arguments: str) -> int:
-    """Exit code of `nexus ARGUMENTS`."""
-    with pytest.raises(SystemExit) as caught:
-        main(list(arguments))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["check", "--help"]])
@@ -83,6 +76,16 @@ def test_a_misspelt_command_is_met_with_the_nearest(capsys: pytest.CaptureFixtur
 def test_a_misspelt_flag_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "recipe.yaml", "--untli", "train") == 2
     assert "--until" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("plugins", "new", "mine"), ("select", "statistics")])
+def test_a_place_that_cannot_be_written_is_misuse(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert call(*words, "--out", str(tmp_path / "file" / "out")) == 2
+    assert capsys.readouterr().err.startswith(f"Error: {tmp_path}/file: cannot be written: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 class BringsCommands:
@@ -147,6 +150,19 @@ def test_a_closed_pipe_is_quiet() -> None:
     command = f"{sys.executable} -m nexus_core plugins | head -c 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_output_that_nobody_reads_is_no_failure() -> None:
+    command = f"{sys.executable} -m nexus_core --version >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to a full device")
+def test_a_full_disk_is_one_sentence_wherever_it_shows() -> None:
+    command = f"{sys.executable} -m nexus_core plugins --json > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Error: what is printed: the disk is full; free some space and type the same command again\n"
 
 
 def test_plugins_are_listed_with_what_they_bring(

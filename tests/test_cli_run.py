@@ -9,9 +9,9 @@ from typing import Any
 import click
 import fake_pipeline
 import pytest
+from command_line import call
 from gpt_oss_checkpoints import write_tiny_checkpoint
 
-from nexus_core.cli import main
 from nexus_core.cli.output import print_json
 from nexus_core.cli.summary import summary
 from nexus_core.errors import StageError
@@ -42,13 +42,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "all_stages", fake_pipeline.stages)
     return tmp_path
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(arguments))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def last_object(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import call
 from gpt_oss_checkpoints import rewrite_tensors, write_tiny_checkpoint
 
 import nexus_core
-from nexus_core.cli import main
 from nexus_core.select import LayerSelection, Selection, write_selection
 
 LAYERS, EXPERTS = 2, 8
@@ -22,13 +22,6 @@ SELECTION = Selection(
     top_k="auto",
     layers=(LayerSelection(layer=0, experts=(5, 2, 7)), LayerSelection(layer=1, experts=(0, 3))),
 )
-
-
-def call(*arguments: object) -> int:
-    """Exit code of `nexus ARGUMENTS`."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 def write_for_command(tmp_path: Path) -> tuple[Path, Path]:
@@ -165,18 +158,24 @@ print(peak - before)
 """
 
 
+DEEP_LAYERS, DEEP_HIDDEN = 24, 640
+
+
+@pytest.fixture(scope="module")
+def deep_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many layers of few experts: 4.9 MB each in float32."""
+    folder = tmp_path_factory.mktemp("deep") / "base"
+    return write_tiny_checkpoint(folder, layers=DEEP_LAYERS, experts=3, hidden=DEEP_HIDDEN, width=DEEP_HIDDEN)
+
+
 @pytest.mark.parametrize("merge", ["mean", "aligned"])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, merge: str) -> None:
-    hidden = 640
-    expert_kb = 3 * hidden * hidden * 4 // 1024  # 4.8 MB in float32
-
-    layers = 24
-    model, out = tmp_path / "base", tmp_path / "out"
-    write_tiny_checkpoint(model, layers=layers, experts=3, hidden=hidden, width=hidden)
+def test_peak_memory_does_not_grow_with_the_number_of_layers(deep_base: Path, tmp_path: Path, merge: str) -> None:
+    out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-c", PEAK_OF_CONVERT, str(model), str(out), merge]
+    command = [sys.executable, "-c", PEAK_OF_CONVERT, str(deep_base), str(out), merge]
     peak_kb = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     # A few experts, and what the allocator keeps of them. In bfloat16 the results of all layers are twice as much.
-    assert 0 < peak_kb < layers * expert_kb // 4
+    expert_kb = 3 * DEEP_HIDDEN**2 * 4 // 1024
+    assert 0 < peak_kb < DEEP_LAYERS * expert_kb // 4

@@ -7,24 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import call
 from gpt_oss_checkpoints import rewrite_tensors, write_tiny_checkpoint
 from safetensors.torch import load_file
 from training_runs import VOCABULARY, write_converted
 
 from nexus_core.checkpoint.source import open_checkpoint
-from nexus_core.cli import main
 from nexus_core.errors import CheckpointError
 from nexus_core.pipeline.doctor import examine
 
 SCALES = "model.layers.1.mlp.experts.down_proj_scales"
 ROUTER = "model.layers.0.mlp.router.weight"
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(arguments))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 @pytest.fixture

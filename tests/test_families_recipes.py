@@ -20,7 +20,6 @@ from nexus_core.pipeline.run import run_recipe
 from nexus_core.recipe.load import load_recipe
 from nexus_core.routing.parameters import is_selection_bias
 
-LAYERS_TRAINED = 2
 TOKENS = torch.arange(2, 42).reshape(2, 20) * 7 % VOCABULARY
 
 

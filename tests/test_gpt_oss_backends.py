@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from nexus_gpt_oss import decoding, execution
-from nexus_gpt_oss.backends import choice, grouped, rows, workspace
+from nexus_gpt_oss.backends import choice, grouped, rows, sorted_rows, workspace
 from nexus_gpt_oss.backends.choice import Sizes, backend_for
 from nexus_gpt_oss.mxfp4 import decode
 from packed_layers import answers, dense_experts, packed_experts, routed_inputs
@@ -177,8 +177,12 @@ def test_grouped_products_equal_one_after_the_other(multiply: grouped.GroupedPro
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((9, 32), generator=generator).bfloat16()
     matrices = torch.randn((3, 32, 16), generator=generator).bfloat16()
+    bias = torch.randn((9, 16), generator=generator).bfloat16()
     expected = torch.cat([rows[:2] @ matrices[0], rows[2:8] @ matrices[1], rows[8:] @ matrices[2]])
-    torch.testing.assert_close(multiply(rows, matrices, [2, 8, 9]), expected)
+    for added in (None, bias):
+        out = torch.empty(9, 16, dtype=torch.bfloat16)
+        multiply(rows, matrices, torch.tensor([2, 8, 9], dtype=torch.int32), added, out)
+        torch.testing.assert_close(out, expected if added is None else expected + bias)
 
 
 def test_grouped_never_holds_more_than_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,13 +214,21 @@ def test_a_buffer_of_no_size_is_refused(given: str, monkeypatch: pytest.MonkeyPa
         grouped.buffer_bytes()
 
 
-@pytest.mark.parametrize("name", ["loop", "grouped"])
-def test_rows_in_pieces_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["loop", "grouped", "fused"])
+def test_rows_in_pieces_give_the_same_bits(
+    name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if name == "fused":
+        request.getfixturevalue("triton")
     monkeypatch.setenv("NEXUS_GPT_OSS_EXPERTS", name)
+    device = DEVICE if name == "fused" else CPU
     packed = packed_experts().bfloat16()
-    inputs = routed_inputs(packed, 80, 2, torch.bfloat16)
+    given = routed_inputs(packed, 80, 2, torch.bfloat16)
+    inputs = [tensor.detach().to(device).requires_grad_(tensor.requires_grad) for tensor in given]
+    packed.to(device)
     whole = answers(packed, *inputs)
     monkeypatch.setattr(rows, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(sorted_rows, "SLICE_ROWS", 40)
     assert len(rows.pieces(80)) == 12
     assert all(torch.equal(*pair) for pair in zip(answers(packed, *inputs), whole, strict=True))
 
@@ -235,8 +247,9 @@ def test_a_backend_that_is_wrong_is_refused() -> None:
     class Wrong(choice.LoopBackend):
         name = "wrong"
 
-        def backward(self, *arguments: Any) -> torch.Tensor:
-            return super().backward(*arguments) * 1.1
+        def backward(self, *arguments: Any) -> rows.Gradients:
+            right = super().backward(*arguments)
+            return rows.Gradients(right.hidden_TD * 1.1, right.weights_TK)
 
     with pytest.raises(execution.Unavailable, match=r"is off by 0\.1 from the loop"):
         choice.checked(Wrong(), CPU, torch.float32)

@@ -6,6 +6,7 @@ Read with `ast`, so that imports inside functions count too; those under TYPE_CH
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -110,6 +111,17 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_every_part_has_its_floor() -> None:
     assert {part_of(path) for path in modules(CORE)} - {"__init__", "__main__"} <= set(FLOOR)
+
+
+def test_the_architecture_page_shows_every_floor_in_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = [
+        re.findall(r"`(\w+)`", cell) for cell in re.findall(r"^\| (?:top|ground)? ?\| (`.+?) \|", page, re.MULTILINE)
+    ]
+    shown = [part for row in rows for part in row]
+    assert sorted(shown) == sorted(FLOOR)
+    for above, below in itertools.pairwise(rows):
+        assert min(FLOOR[part] for part in above) > max(FLOOR[part] for part in below), (above, below)
 
 
 def test_only_tracking_imports_mlflow() -> None:

@@ -1,60 +1,37 @@
-"""Merge strategies and starts: pure functions of experts."""
+"""Merge strategies: pure functions of experts."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
-from layer_experts import EXPERTS, HIDDEN, WIDTH, activation, layer_experts, permuted, random_expert
-
-from nexus_core.errors import SelectionError, ShapeError, UsageError
-from nexus_core.merge import (
-    STRATEGIES,
-    LayerExperts,
-    apply_start,
-    check_merged,
-    expert_output,
-    measure_effect,
-    start_factor,
+from layer_experts import (
+    EXPERTS,
+    HIDDEN,
+    SALIENCY_EF,
+    WIDTH,
+    activation,
+    layer_experts,
+    merge,
+    output_of,
+    permuted,
+    random_expert,
+    strategy_of,
 )
+
+from nexus_core.errors import SelectionError, UsageError
+from nexus_core.merge import STRATEGIES, LayerExperts, apply_start, check_merged
 from nexus_core.merge import experts as experts_module
 from nexus_core.merge.aligned import neuron_order
 from nexus_core.merge.experts import tensors
 from nexus_core.merge.neurons import most_salient
 from nexus_core.select import LayerSelection
-from nexus_core.types import ExpertWeights, MergeRequest, Strategy
+from nexus_core.types import ExpertWeights
 
 NAMES = [strategy.name for strategy in STRATEGIES]
-SALIENCY_EF = np.random.default_rng(5).random((EXPERTS, WIDTH))
-
-
-def strategy_of(name: str) -> Strategy:
-    return next(strategy for strategy in STRATEGIES if strategy.name == name)
-
-
-def merge(
-    name: str,
-    chosen: tuple[int, ...],
-    experts: LayerExperts | None = None,
-    width: int = WIDTH,
-    importance: tuple[float, ...] = (),
-    seed: int = 0,
-    **parameters: object,
-) -> ExpertWeights:
-    strategy = strategy_of(name)
-    layer = LayerSelection(layer=0, experts=chosen, importance=importance or (1 / EXPERTS,) * EXPERTS)
-    model = strategy.parameters.model_validate(parameters) if strategy.parameters else None
-    generator = torch.Generator().manual_seed(seed)
-    experts = experts or layer_experts(saliency_EF=SALIENCY_EF)
-    return strategy.function(experts, layer, width, model, generator)
-
-
-def output_of(weights: ExpertWeights, hidden_TD: torch.Tensor) -> torch.Tensor:
-    return expert_output(weights, hidden_TD, activation)
 
 
 @pytest.fixture
@@ -326,104 +303,3 @@ def test_a_merge_never_changes_the_experts_it_was_given(name: str) -> None:
     for expert, weights in stored.items():
         for tensor_name, tensor in tensors(random_expert(expert)).items():
             assert torch.equal(tensors(weights)[tensor_name], tensor)
-
-
-def request(name: str, width: int, **known: object) -> MergeRequest:
-    return MergeRequest(merge=name, width=width, expert_width=WIDTH, experts=EXPERTS, **known)
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "asked", "key", "message"),
-    [
-        ("mean", {}, {"width": 33, "chosen": 4}, "width", "is 33, 5 blocks .* only 4 selected experts.* at most 32"),
-        ("weighted", {}, {"width": 17, "chosen": 2}, "width", "select at least 3 experts"),
-        ("aligned", {}, {"width": 17, "chosen": 2}, "width", "select at least 3 experts"),
-        ("top1", {}, {"width": 9, "chosen": 1}, "width", "write at most 8"),
-        ("aligned", {"match": "activations"}, {"width": 8, "kept_inputs": 0}, "match", "collect.keep_inputs is 0"),
-        ("neurons", {}, {"width": 65}, "width", "8 experts have only 64 neurons"),
-        ("neurons", {"pool": "selected"}, {"width": 17, "chosen": 2}, "width", "2 experts have only 16 neurons"),
-        ("neurons", {}, {"width": 8, "learnt": ()}, "merge", "collect.data holds none of those sets"),
-        ("neurons", {"contrast": 0.5}, {"width": 8, "kept": ()}, "contrast", "is 0.5, .* or write 0"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_before_anything_is_read(
-    name: str, parameters: dict[str, object], asked: dict[str, object], key: str, message: str
-) -> None:
-    strategy = strategy_of(name)
-    model = strategy.parameters.model_validate(parameters) if strategy.parameters else None
-
-    refusal = strategy.refuses(request(name, **asked), model)
-
-    assert refusal.key == key
-    assert re.search(message, refusal.message)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_known_yet_is_not_refused(name: str) -> None:
-    strategy = strategy_of(name)
-    parameters = strategy.parameters() if strategy.parameters else None
-
-    assert strategy.refuses is None or strategy.refuses(request(name, 4 * WIDTH), parameters) is None
-
-
-def test_a_strategy_that_gives_another_width_is_named() -> None:
-    with pytest.raises(ShapeError, match=r"merge 'mine' gave a gate of \[8, 12\] where \[16, 12\] is wanted"):
-        check_merged(random_expert(0), "mine", 16, HIDDEN)
-
-
-def test_zero_start_keeps_the_features_and_puts_out_exactly_nothing() -> None:
-    merged = merge("mean", (0, 1))
-    gate = merged.gate.clone()
-
-    started = apply_start(merged, start_factor("zero"))
-
-    assert torch.equal(started.gate, gate)
-    for tensor in (started.down, started.down_bias):
-        assert torch.count_nonzero(tensor) == 0
-        assert not torch.signbit(tensor).any()
-
-
-def test_a_factor_scales_the_output_and_full_leaves_it(hidden_TD: torch.Tensor) -> None:
-    full = output_of(apply_start(merge("mean", (0, 1)), start_factor("full")), hidden_TD)
-    half = output_of(apply_start(merge("mean", (0, 1)), start_factor(0.5)), hidden_TD)
-
-    torch.testing.assert_close(half, full / 2)
-    torch.testing.assert_close(full, output_of(merge("mean", (0, 1)), hidden_TD))
-
-
-@pytest.mark.parametrize("start", [float("nan"), float("inf")])
-def test_a_start_that_is_not_finite_is_refused(start: float) -> None:
-    with pytest.raises(UsageError, match="finite"):
-        start_factor(start)
-
-
-@pytest.mark.parametrize("tile", [3, 512])
-def test_expert_output_is_the_documented_formula(
-    monkeypatch: pytest.MonkeyPatch, hidden_TD: torch.Tensor, tile: int
-) -> None:
-    monkeypatch.setattr("nexus_core.merge.effect.TILE_NEURONS", tile)
-    weights = random_expert(3)
-    formula: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda gate, up: gate.sin() * up  # noqa: E731
-
-    expected = [
-        weights.down @ formula(weights.gate @ x + weights.gate_bias, weights.up @ x + weights.up_bias)
-        + weights.down_bias
-        for x in hidden_TD
-    ]
-
-    torch.testing.assert_close(expert_output(weights, hidden_TD, formula), torch.stack(expected), atol=1e-5, rtol=1e-5)
-
-
-def test_effect_is_the_ratio_of_norms_and_the_mean_cosine() -> None:
-    routed_TD = torch.tensor([[3.0, 4.0], [0.0, 12.0]])
-    shared_TD = torch.tensor([[3.0, 4.0], [12.0, 0.0]])
-
-    effect = measure_effect(shared_TD, routed_TD)
-
-    assert effect.relative_change == pytest.approx(1.0)
-    assert effect.cosine == pytest.approx(0.5)
-
-
-def test_effect_of_outputs_of_different_inputs_is_refused() -> None:
-    with pytest.raises(ShapeError, match="not of the same inputs"):
-        measure_effect(torch.ones(2, 3), torch.ones(3, 3))

@@ -178,6 +178,13 @@ def test_atomic_folder_refuses_what_is_there(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out"])
+def test_atomic_folder_below_a_file_is_one_sentence(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=r"file.*: cannot be written: "), atomic_folder(tmp_path / place):
+        pass
+
+
 def test_atomic_folder_on_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="the disk is full; free some space, or give --out"):
         write_and_fail(tmp_path / "out", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))

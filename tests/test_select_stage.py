@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import call
 from pydantic import BaseModel, ConfigDict
 from sklearn.decomposition import PCA as SklearnPCA
 
 from nexus_core import hookimpl
-from nexus_core.cli import main
 from nexus_core.plugins import installed
 from nexus_core.recipe import recipe_from
 from nexus_core.report.overlap import comparison_figures
@@ -49,13 +49,6 @@ def collect_into(tmp_path: Path, expert_norms: bool = False) -> Path:
     folder.mkdir()
     statistics.save(folder / "router_stats.safetensors", {"model": str(tmp_path / "some-model")})
     return folder
-
-
-def call(*arguments: object) -> int:
-    """Exit code of `nexus ARGUMENTS`."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 def test_streamed_statistics_select_what_sklearn_selects_from_all_probabilities(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from gpt_oss_checkpoints import write_tiny_checkpoint
+from live_tensors import LiveTensors
 
 from nexus_core.additions import as_teacher
 from nexus_core.checkpoint.source import open_checkpoint
 from nexus_core.errors import StageError
 from nexus_core.models import load
-from nexus_core.statistics.listening import listen
+from nexus_core.stages.router_pass import RoutedBatch, RouterPass
+from nexus_core.statistics.kept_inputs import KeptInputs
+from nexus_core.statistics.listening import HeardLayer, Listener, listen
+from nexus_core.statistics.moments import RouterStatistics
+from nexus_core.statistics.probabilities import ProbabilityWriter
+from nexus_core.types import RouterOutput
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +120,87 @@ def test_routers_that_are_never_called_are_reported(checkpoint, model):
         pytest.raises(StageError, match=r"layers \[0, 1\] were not heard"),
     ):
         listener.refuse_if_incomplete()
+
+
+def test_layers_are_handed_on_as_they_come_and_not_held(checkpoint, model):
+    taken, held = {}, []
+    with torch.no_grad(), listen(model, checkpoint.family, keep_inputs=True) as listener:
+        model(input_ids=IDS, use_cache=False)
+        kept = {layer: (listener.routers[layer], listener.inputs[layer]) for layer in listener.layers}
+        listener.clear()
+
+        def take(layer, heard):
+            held.append((listener.routers.copy(), listener.inputs.copy(), listener.outputs.copy()))
+            taken[layer] = heard
+
+        listener.hand_on(take)
+        for _ in range(2):
+            taken.clear()
+            model(input_ids=IDS, use_cache=False)
+            listener.refuse_if_incomplete()
+            listener.clear()
+    assert list(taken) == list(listener.layers)
+    assert held == 4 * [({}, {}, {})]
+    for layer, (router, inputs) in kept.items():
+        assert torch.equal(taken[layer].router.logits, router.logits)
+        assert torch.equal(taken[layer].inputs, inputs)
+        assert taken[layer].outputs.shape == inputs.shape
+
+
+def test_a_layer_is_handed_on_when_both_its_router_and_its_block_were_heard():
+    router = RouterOutput(torch.zeros(3, 2), torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64))
+    inputs, outputs = torch.zeros(3, 4), torch.ones(3, 4)
+    listener, taken = Listener((0, 1, 2), keeps_inputs=True), []
+    listener.hand_on(lambda layer, heard: taken.append((layer, heard)))
+    # Blocks side by side, the last one first, and one whose router is called after it.
+    listener.hear_router(2, router)
+    listener.hear_router(0, router)
+    listener.hear_block(1, inputs, outputs)
+    assert not taken
+    listener.hear_block(2, inputs, outputs)
+    listener.hear_router(1, router)
+    with pytest.raises(StageError, match=r"layers \[0\] were not heard"):
+        listener.refuse_if_incomplete()
+    listener.hear_block(0, inputs, outputs)
+    listener.refuse_if_incomplete()
+    assert [layer for layer, _ in taken] == [2, 1, 0]
+    assert all(heard == HeardLayer(router, inputs, outputs) for _, heard in taken)
+
+
+def test_a_layer_that_runs_twice_in_a_pass_is_not_counted_twice(checkpoint, model):
+    with torch.no_grad(), listen(model, checkpoint.family) as listener:
+        listener.hand_on(lambda layer, heard: None)
+        model(input_ids=IDS, use_cache=False)
+        with pytest.raises(StageError, match="layer 0 ran twice in one forward pass"):
+            model(input_ids=IDS, use_cache=False)
+        listener.clear()
+        model(input_ids=IDS, use_cache=False)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_collecting_holds_one_layers_inputs_at_a_time(tmp_path, probabilities):
+    layers, tokens, wide = 8, 512, 512
+    folder = write_tiny_checkpoint(tmp_path / "deep", layers=layers, hidden=wide, experts=8)
+    checkpoint = open_checkpoint(folder)
+    model, moe = load(checkpoint, dtype=torch.float32), checkpoint.description
+    batch = RoutedBatch(
+        torch.arange(tokens).view(8, -1) % 60,
+        torch.arange(tokens // 8).expand(8, -1),
+        torch.zeros(tokens, dtype=torch.int64),
+    )
+    passes = []
+    with listen(model, checkpoint.family, keep_inputs=True) as listener, ExitStack() as stack:
+        statistics = RouterStatistics.zeros(moe.layers, moe.experts)
+        writer = None
+        if probabilities:
+            writer = stack.enter_context(ProbabilityWriter(tmp_path / "p.npz", 2 * tokens, moe.layers, moe.experts))
+        collecting = RouterPass(model, listener, statistics, KeptInputs(moe.layers, 4 * tokens, 16), writer=writer)
+        collecting.route(batch)  # what is made once
+        with LiveTensors() as live:
+            collecting.route(batch)
+        passes.append(live.peak_bytes)
+    with LiveTensors() as live, torch.inference_mode():
+        model.base_model(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
+    passes.append(live.peak_bytes)
+    one_layer = 2 * tokens * wide * 4
+    assert passes[0] < passes[1] + 1.5 * one_layer

@@ -16,7 +16,7 @@ from nexus_core.checkpoint.source import open_checkpoint
 from nexus_core.errors import ShapeError, UsageError
 from nexus_core.models import load
 from nexus_core.statistics.activity import ExpertActivity
-from nexus_core.statistics.listening import listen
+from nexus_core.statistics.listening import HeardLayer, listen
 from nexus_core.statistics.moments import RouterStatistics
 from nexus_core.statistics.saliency import FILE_NAME, NeuronSaliency, SaliencyFile
 from nexus_core.types import RouterOutput
@@ -136,7 +136,11 @@ def test_of_a_running_model_it_adds_up_to_what_the_layers_put_out(family: str, t
     ids = torch.randint(0, moe.vocabulary_size, (2, 12), generator=torch.Generator().manual_seed(0))
     with listen(model, checkpoint.family, keep_inputs=True) as listener, torch.inference_mode():
         model(input_ids=ids)
-        activity.record(statistics, listener, torch.zeros(ids.numel(), dtype=torch.int64))
+    sets_T = torch.zeros(ids.numel(), dtype=torch.int64)
+    saliency.count(sets_T)
+    for layer in moe.layers:
+        heard = HeardLayer(listener.routers[layer], listener.inputs[layer], listener.outputs[layer])
+        activity.record(statistics, layer, heard, sets_T)
 
     for position, block in enumerate(hook.nexus_moe_blocks(model=model)):
         router, hidden_TD = listener.routers[block.layer], listener.inputs[block.layer]

@@ -17,7 +17,7 @@ import torch
 import train_processes_script
 from safetensors.torch import load_file
 from train_processes_script import ADDITIONS
-from training_runs import write_converted
+from training_runs import write_converted, write_texts
 
 from nexus_core.checkpoint.source import Checkpoint
 from nexus_core.cli.launch import launch
@@ -212,6 +212,23 @@ def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(folder: Pat
 
 def test_deepspeed_compiles_nothing(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert not (tmp_path_factory.getbasetemp() / EXTENSIONS).exists()
+
+
+def test_the_command_trains_over_two_processes_what_one_learns(converted: Checkpoint, tmp_path: Path) -> None:
+    texts = {name: sources[0].path for name, sources in write_texts(tmp_path).items()}
+    words = ["--learn", f"domain={texts['domain']}", "--keep", f"general={texts['general']}", "--steps", "2"]
+    words += ["--set", "sequence_length=24", "--learning-rate", "1e-3", "--json"]
+    learnt = {}
+    for name, flags in {"one": [], "two": ["--processes", "2", "--zero-stage", "2"]}.items():
+        out = tmp_path / name
+        command = [sys.executable, "-m", "nexus_core", "train", str(converted.folder), *words, *flags]
+        done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["model"] == str(out / "model"), "one object, of the first process"
+        learnt[name] = load_file(out / "model" / SHARD_NAME)
+    assert set(learnt["two"]) == set(learnt["one"])
+    for name, tensor in learnt["one"].items():
+        torch.testing.assert_close(learnt["two"][name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 def test_the_shipped_recipes_learn_what_one_process_does(tmp_path: Path) -> None:

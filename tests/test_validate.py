@@ -9,17 +9,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.nn import functional
-from training_runs import write_converted, write_texts
+from training_runs import train_settings, write_converted, write_texts
 
 import nexus_core
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.cli.train import command as train_command
+from nexus_core.cli.train import refuse_idle_processes
 from nexus_core.cli.validate import command as validate_command
 from nexus_core.data.documents import documents
 from nexus_core.data.packing import pack
 from nexus_core.data.tokenizers import end_token_id, load_tokenizer
 from nexus_core.errors import DataError, UsageError
-from nexus_core.recipe.schema import Source, Validate
+from nexus_core.recipe.schema import DeepSpeed, Source, Validate
 from nexus_core.stages.validate import validate
 
 SETTINGS = Validate(samples=7, sequence_length=24, batch_size=3)
@@ -120,8 +121,8 @@ def test_an_interrupted_train_command_goes_on_but_not_with_other_settings(tmp_pa
     text = write_texts(tmp_path)["domain"][0].path
     out = tmp_path / "trained"
 
-    def train(steps: int, exit_code: int = 0) -> None:
-        words = [str(converted.folder), "--learn", f"domain={text}", "--steps", str(steps), "--out", str(out)]
+    def train(steps: int, *flags: str, exit_code: int = 0) -> None:
+        words = [str(converted.folder), "--learn", f"domain={text}", "--steps", str(steps), "--out", str(out), *flags]
         overrides = ["--set", "sequence_length=24", "--set", "checkpoint_every=1"]
         answer = CliRunner().invoke(train_command, [*words, *overrides], catch_exceptions=False)
         assert answer.exit_code == exit_code
@@ -134,8 +135,33 @@ def test_an_interrupted_train_command_goes_on_but_not_with_other_settings(tmp_pa
         train(2, exit_code=1)
     partial = tmp_path / ".trained.partial"
     assert (partial / "checkpoints" / "step-000002").is_dir()
-    with pytest.raises(UsageError, match=r"left by an interrupted run with another model, data or settings"):
-        train(3)
+    for steps, flags in ((3, ()), (2, ("--held-out", "0.5"))):
+        with pytest.raises(UsageError, match=r"left by an interrupted run with another model, data or settings"):
+            train(steps, *flags)
     train(2)
     assert (out / "model").is_dir()
     assert not partial.exists()
+
+
+def test_the_train_command_refuses_processes_that_would_have_nothing_to_do() -> None:
+    settings = train_settings(batch_size=1, gradient_accumulation=2)
+    refuse_idle_processes(settings, 2)
+    with pytest.raises(
+        UsageError, match=r"--processes 3: a step has 2 sequences to share \(batch_size 1 x gradient_acc"
+    ):
+        refuse_idle_processes(settings, 3)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], None), (["--zero-stage", "3"], DeepSpeed(zero_stage=3))])
+def test_the_train_command_hands_its_zero_stage_to_deepspeed(converted, tmp_path, monkeypatch, flags, expected) -> None:
+    given = []
+
+    def train(*arguments: object, deepspeed: DeepSpeed | None, **rest: object) -> None:
+        given.append(deepspeed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nexus_core.stages.train.train", train)
+    text = write_texts(tmp_path)["domain"][0].path
+    words = [str(converted.folder), "--learn", f"domain={text}", "--out", str(tmp_path / "trained"), *flags]
+    CliRunner().invoke(train_command, words)
+    assert given == [expected]

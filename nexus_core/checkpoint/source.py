@@ -10,25 +10,32 @@ from typing import Any
 
 import torch
 
-from nexus_core.checkpoint.reader import CheckpointReader
+from nexus_core.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from nexus_core.errors import CheckpointError, suggestion
 from nexus_core.plugins import Family, installed
 from nexus_core.types import MoeDescription
 
 EMBEDDED = "embedded:"
 
+# Of a Hub id only what NEXUS reads: no weights in other formats, and no subfolders, where publishers put more copies.
+DESCRIPTION_PATTERNS = ["*.json", "*.jinja", "*.model", "merges.txt"]
+WEIGHT_PATTERNS = ["*.safetensors"]
+UNWANTED_PATTERNS = ["*/*"]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder with its config, the family that owns it, and what the family says is in it.
 
-    name: as the user gave it. Nothing but config.json has been read.
+    name: as the user gave it. is_from_hub: whether the folder is a copy of what the Hub has under that name. Nothing
+    but config.json has been read.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
     family: Family
+    is_from_hub: bool = False
 
     @cached_property
     def description(self) -> MoeDescription:
@@ -47,13 +54,34 @@ class Checkpoint:
     def reader(self) -> CheckpointReader:
         return CheckpointReader(self.folder)
 
+    @cached_property
+    def lacks_weights(self) -> bool:
+        """Whether its weights are still to come. Part of them is enough only where the Hub has the rest: any other
+        folder with some of its shards is damaged, and reading it says so.
 
-def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
+        Raises CheckpointError if its index is damaged.
+        """
+        if not any((self.folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
+            return True
+        here = [shard.is_file() for shard in self.reader.shards]
+        return not (all(here) if self.is_from_hub else any(here))
+
+    @property
+    def indexed_bytes(self) -> int | None:
+        """Bytes of all tensors as the index of its shards says; None without one that does."""
+        try:
+            return int(json.loads((self.folder / INDEX_NAME).read_text())["metadata"]["total_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def open_checkpoint(name: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
     """Find a checkpoint and its family. Raises CheckpointError with the way out.
 
-    name: a folder, `embedded:NAME`, or a Hub id (OWNER/NAME), which is downloaded if it is not cached.
+    name: a folder, `embedded:NAME`, or a Hub id (OWNER/NAME), which is downloaded if it is not cached. weights: False
+    downloads no weights, only what describes them; weights that are cached are found all the same.
     """
-    folder = locate(str(name), revision)
+    folder = locate(str(name), revision, weights=weights)
     config_file = folder / "config.json"
     try:
         config = json.loads(config_file.read_text())
@@ -63,11 +91,12 @@ def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint
         raise CheckpointError(f"{config_file}: is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_file}: is not a JSON object, so it is not a model's config")
-    return Checkpoint(str(name), folder, config, installed().family(config, str(folder)))
+    is_from_hub = not str(name).startswith(EMBEDDED) and not Path(name).expanduser().is_dir()
+    return Checkpoint(str(name), folder, config, installed().family(config, str(folder)), is_from_hub)
 
 
-def locate(name: str, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint, downloading a Hub id that is not cached yet."""
+def locate(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local folder of a checkpoint, downloading a Hub id that is not cached yet, with its weights or without."""
     if name.startswith(EMBEDDED):
         known = {file.name: file.path for file in installed().embedded().values() if file.kind == "checkpoint"}
         short = name.removeprefix(EMBEDDED)
@@ -82,20 +111,18 @@ def locate(name: str, revision: str | None = None) -> Path:
     if folder.exists():
         raise CheckpointError(f"{folder}: is a file; name the folder that holds config.json")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _download(name, revision)
+        return _download(name, revision, DESCRIPTION_PATTERNS + (WEIGHT_PATTERNS if weights else []))
     raise CheckpointError(f"{name}: there is no such folder; give a model folder, a Hub id or 'embedded:NAME'")
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from tqdm.auto import tqdm
 
-    # Only what NEXUS reads: no weights in other formats, and no subfolders, where publishers put further copies.
-    wanted, unwanted = ["*.json", "*.safetensors", "*.jinja", "*.model"], ["*/*"]
     try:
         # The client's own progress bars are off on the command line, but 65 GB should not arrive in silence.
         found = snapshot_download(
-            hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, tqdm_class=tqdm
+            hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED_PATTERNS, tqdm_class=tqdm
         )
     except Exception as error:  # the Hub client raises a dozen kinds; all mean the same to the user
         raise CheckpointError(

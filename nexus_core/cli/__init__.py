@@ -12,7 +12,7 @@ import click
 
 from nexus_core import __version__
 from nexus_core.cli.launch import die_with_launcher
-from nexus_core.cli.output import exit_code_of, quieten
+from nexus_core.cli.output import exit_code_of, open_closed_streams, quieten
 from nexus_core.processes import world_if_any
 
 # name: what `nexus --help` says of it. The command itself is `nexus_core.cli.NAME.command`.
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    open_closed_streams()
     quieten(debug)
     try:
         # Not standalone: click would print its errors itself, and swallow the traceback that --debug is for.

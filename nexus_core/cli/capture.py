@@ -11,10 +11,9 @@ import click
 
 from nexus_core.cli.folders import resumable_folder
 from nexus_core.cli.launch import in_processes
-from nexus_core.cli.output import failure_as_json, json_option, print_json
-from nexus_core.cli.sources import named_sources
-from nexus_core.cli.train import held_out_option, refuse_both
-from nexus_core.processes import world
+from nexus_core.cli.options import device_option, dtype_option, held_out_option, json_option, out_option, section_option
+from nexus_core.cli.output import failure_as_json, print_done
+from nexus_core.cli.sources import contents, learnt_and_kept
 
 
 @click.command("capture")
@@ -24,16 +23,10 @@ from nexus_core.processes import world
 @click.option("--steps", type=int, help="Optimizer steps of the training.  [default: 10000]")
 @click.option("--teacher-model", metavar="MODEL", help="Another model of the same vocabulary to learn from.")
 @held_out_option
-@click.option(
-    "--set",
-    "assignments",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Any key of a recipe's train section, as for nexus train, e.g. sequence_length=512 or teacher.top_logits=64.",
-)
-@click.option("--dtype", default="auto", help="Type of the computation: auto, float32 or bfloat16.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@section_option("train section, as for nexus train, e.g. sequence_length=512 or teacher.top_logits=64")
+@dtype_option
+@device_option
+@out_option
 @json_option
 @in_processes
 def command(
@@ -59,13 +52,11 @@ def command(
         from nexus_core.checkpoint.fingerprint import fingerprint
         from nexus_core.checkpoint.source import open_checkpoint
         from nexus_core.models import choose_device
-        from nexus_core.pipeline.keys import data_identity
         from nexus_core.recipe.load import section_from
         from nexus_core.recipe.training import Train
         from nexus_core.stages.capture import STAGE, capture, teacher_checkpoint
 
-        learnt, kept = (named_sources(files, flag, held_out) for files, flag in ((learn, "--learn"), (keep, "--keep")))
-        refuse_both(learnt, kept)
+        learnt, kept = learnt_and_kept(learn, keep, held_out)
         sets = learnt | kept
         values = {
             "data": dict.fromkeys(sets, 1.0),
@@ -80,18 +71,13 @@ def command(
             "version": STAGE.version,
             "model": fingerprint(teacher_checkpoint(checkpoint, settings).folder),
             "settings": settings.model_dump(mode="json"),
-            "data": {name: [data_identity(source.path) for source in sources] for name, sources in sets.items()},
+            "data": contents(sets),
             "held_out": held_out,
             "dtype": dtype,
         }
         with resumable_folder(out, identity) as folder:
             metrics = capture(checkpoint, sets, settings, list(learnt), folder, dtype=dtype, device=place)
-    if not world().is_first:
-        return
-    if as_json:
-        print_json({"status": "done", "path": out, "metrics": metrics})
-    else:
-        click.echo("\n".join(_as_text(model, out, metrics)))
+    print_done(as_json, {"path": out, "metrics": metrics}, lambda: _as_text(model, out, metrics))
 
 
 def _as_text(model: str, out: Path, metrics: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nexus_core.cli.options import device_option, dtype_option, revision_option
+
 if TYPE_CHECKING:
     from nexus_core.cli.conversation import Conversation, Reply
 
@@ -30,9 +32,9 @@ QUIT, RESET = "/quit", "/reset"
     help="Of sampling; 0 always takes the most likely token.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-@click.option("--dtype", default="auto", show_default=True, help="float32 or bfloat16; auto goes by the device.")
-@click.option("--revision", help="Commit, branch or tag of a Hub id.")
+@dtype_option
+@device_option
+@revision_option
 def command(
     model: str,
     system: str | None,

@@ -7,13 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nexus_core.cli.estimates import device_line, memory_table, stage_table, stages_as_json, warnings
-from nexus_core.cli.output import failure_as_json, json_option, print_json, set_option
+from nexus_core.cli.estimates import (
+    device_line,
+    memory_table,
+    place_lines,
+    stage_table,
+    stages_as_json,
+    warnings,
+    weight_lines,
+    weights_as_json,
+)
+from nexus_core.cli.options import json_option, set_option
+from nexus_core.cli.output import failure_as_json, print_json
 
 if TYPE_CHECKING:
-    from nexus_core.pipeline.plan import Plan
+    from nexus_core.pipeline.outline import Outline
     from nexus_core.pipeline.preflight import Preflight
     from nexus_core.recipe.schema import Recipe
+
+# Stages whose memory is shown by part: those that hold the model.
+HOLD_MODEL = ("generate", "collect", "capture", "train", "validate")
 
 
 @click.command("check")
@@ -43,7 +56,7 @@ def command(
 ) -> None:
     """Validate RECIPE, find its model and data, and show what running it would take, the training schedule drawn.
 
-    Writes nothing but the FILE of --plot.
+    Downloads no weights: config, tokenizer and index are enough. Writes nothing but the FILE of --plot.
     """
     with failure_as_json(as_json, lambda: {"recipe": recipe_file.stem}):
         from nexus_core.recipe.load import load_recipe
@@ -59,28 +72,30 @@ def command(
             return
 
         from nexus_core.checkpoint.source import open_checkpoint
-        from nexus_core.pipeline.plan import plan_recipe
+        from nexus_core.pipeline.outline import other_teacher, outline_recipe
         from nexus_core.pipeline.preflight import check_inputs, look_ahead
 
-        checkpoint = open_checkpoint(recipe.model.path, recipe.model.revision)
+        checkpoint = open_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
         check_inputs(recipe, checkpoint)
-        plan = plan_recipe(recipe, checkpoint=checkpoint)
-        ahead = look_ahead(recipe, checkpoint, named)
+        teacher = other_teacher(recipe)
+        outline = outline_recipe(recipe, checkpoint, teacher)
+        ahead = look_ahead(recipe, checkpoint, named, teacher=teacher)
     if as_json:
-        print_json(_as_json(plan, ahead))
+        print_json(_as_json(outline, ahead))
     else:
-        click.echo("\n".join(_as_text(plan, ahead)))
+        click.echo("\n".join(_as_text(outline, ahead)))
 
 
-def _as_json(plan: Plan, ahead: Preflight) -> dict[str, Any]:
+def _as_json(outline: Outline, ahead: Preflight) -> dict[str, Any]:
     device = ahead.device
     return {
         "status": "valid",
-        "recipe": plan.recipe.name,
+        "recipe": outline.recipe.name,
         "model": {
-            "path": plan.checkpoint.folder,
-            "family": plan.checkpoint.family.name,
-            "fingerprint": plan.fingerprint,
+            "path": outline.checkpoint.folder,
+            "family": outline.checkpoint.family.name,
+            "fingerprint": outline.fingerprint,
+            "missing_weights": weights_as_json(ahead),
             "stored_bytes": ahead.model.stored_bytes,
             "trainable_parameters": ahead.trainable_parameters,
         },
@@ -93,7 +108,11 @@ def _as_json(plan: Plan, ahead: Preflight) -> dict[str, Any]:
             "measured": device.measured,
             "host_bytes": ahead.host_bytes,
         },
-        "disk": {"needs_bytes": ahead.disk_bytes, "free_bytes": ahead.free_disk_bytes},
+        "disk": {
+            "needs_bytes": ahead.disk_bytes,
+            "download_bytes": ahead.download_bytes,
+            "free_bytes": ahead.free_disk_bytes,
+        },
         "fits": not ahead.misfits,
         "misfits": [
             {
@@ -108,43 +127,40 @@ def _as_json(plan: Plan, ahead: Preflight) -> dict[str, Any]:
             }
             for misfit in ahead.misfits
         ],
-        "stages": stages_as_json(plan, ahead),
+        "stages": stages_as_json(outline, ahead),
     }
 
 
-def _as_text(plan: Plan, ahead: Preflight) -> list[str]:
+def _as_text(outline: Outline, ahead: Preflight) -> list[str]:
     from nexus_core.pipeline.preflight import size
 
-    model, stored = plan.checkpoint.description, sum(ahead.model.stored_bytes.values())
+    model, stored = outline.checkpoint.description, sum(ahead.model.stored_bytes.values())
     parts = ", ".join(
         f"{part.replace('_', ' ')} {size(count)}" for part, count in ahead.model.stored_bytes.items() if count
     )
     lines = [
-        f"{click.style(plan.recipe.name, bold=True)}: valid",
+        f"{click.style(outline.recipe.name, bold=True)}: valid",
         "",
-        f"model    {plan.checkpoint.name}  ({plan.checkpoint.family.name}, {model.storage})",
+        f"model    {outline.checkpoint.name}  ({outline.checkpoint.family.name}, {model.storage})",
         f"         {len(model.layers)} layers x {model.experts} experts, {model.experts_per_token} per token; "
         f"hidden {model.hidden_size}, expert width {model.expert_width}",
         f"         {size(stored)} stored: {parts}",
+        *weight_lines(ahead),
         f"trains   {ahead.trainable_parameters:,} parameters, one shared expert per layer",
-        f"data     {_data(plan)}",
+        f"data     {_data(outline)}",
         f"device   {device_line(ahead)}",
-        f"store    {plan.store.root}: about {size(ahead.disk_bytes)} new, {size(ahead.free_disk_bytes)} free. Base "
+        f"store    {outline.store}: about {size(ahead.stage_disk_bytes)} new, {size(ahead.free_disk_bytes)} free. Base "
         f"weights are linked; where links are impossible, 2 copies of {size(stored)} come on top",
         "",
-        *stage_table(plan, ahead),
+        *stage_table(outline, ahead),
         "",
-        *(f"{step.stage.name:<9} {'reused' if step.found else 'runs':<7} {step.path}" for step in plan.steps),
+        *place_lines(outline),
         "",
-        *memory_table(ahead, [name for name in ("collect", "capture", "train", "validate") if name in _stages(plan)]),
+        *memory_table(ahead, [stage.name for stage in outline.stages if stage.name in HOLD_MODEL]),
         "",
-        *_schedule(plan),
+        *_schedule(outline),
     ]
     return lines + warnings(ahead)
-
-
-def _stages(plan: Plan) -> list[str]:
-    return [step.stage.name for step in plan.steps]
 
 
 def _draw(recipe: Recipe, file: Path) -> None:
@@ -159,18 +175,18 @@ def _draw(recipe: Recipe, file: Path) -> None:
     click.echo(f"schedule drawn in {file}", err=True)
 
 
-def _schedule(plan: Plan) -> list[str]:
+def _schedule(outline: Outline) -> list[str]:
     """Learning rate and temperature over the steps of training, as text."""
     from nexus_core.report.schedule import schedule_lines
     from nexus_core.train.schedule import Schedule
 
-    schedule = Schedule.of(plan.recipe.train)
+    schedule = Schedule.of(outline.recipe.train)
     steps = [schedule.at(step) for step in range(1, schedule.steps + 1)]
     lines = schedule_lines([step.learning_rate for step in steps], [step.temperature for step in steps])
     return [f"schedule of {schedule.steps:,} steps: first .. highest .. last", *(f"  {line}" for line in lines)]
 
 
-def _data(plan: Plan) -> str:
+def _data(outline: Outline) -> str:
     return "; ".join(
-        f"{name}: {', '.join(source.path for source in sources)}" for name, sources in plan.recipe.data.items()
+        f"{name}: {', '.join(source.path for source in sources)}" for name, sources in outline.recipe.data.items()
     )

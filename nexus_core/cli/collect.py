@@ -11,9 +11,9 @@ import click
 
 from nexus_core.cli.folders import resumable_folder
 from nexus_core.cli.launch import in_processes
-from nexus_core.cli.output import failure_as_json, json_option, print_json
-from nexus_core.cli.sources import named_sources
-from nexus_core.processes import world
+from nexus_core.cli.options import device_option, dtype_option, json_option, out_option, revision_option, section_option
+from nexus_core.cli.output import failure_as_json, print_done
+from nexus_core.cli.sources import contents, named_sources
 
 # The data set that files given without a name belong to.
 DEFAULT_SET = "data"
@@ -43,15 +43,9 @@ DEFAULT_SET = "data"
     help="Also gather what experts and neurons put out, for merge neurons and selection by saliency; twice the work.",
 )
 @click.option("--seed", type=int, help="Seed of the draw.")
-@click.option(
-    "--set",
-    "assignments",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Any key of a recipe's collect section, e.g. sampling.candidates=50000 or data.NAME=0.75.",
-)
-@click.option("--dtype", default="auto", help="Type of the computation: auto, float32 or bfloat16.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
+@section_option("collect section, e.g. sampling.candidates=50000 or data.NAME=0.75")
+@dtype_option
+@device_option
 @click.option(
     "--shard",
     metavar="NUMBER/COUNT",
@@ -65,8 +59,8 @@ DEFAULT_SET = "data"
     type=click.Path(path_type=Path),
     help="Instead of routing anything, add up what these folders hold; given for each of them.",
 )
-@click.option("--revision", help="Commit, branch or tag of a Hub id.")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@revision_option
+@out_option
 @json_option
 @in_processes
 def command(
@@ -111,14 +105,10 @@ def command(
                 "seed": seed,
             }
             metrics = _collect(model, data, values, assignments, dtype, device, shard, revision, out)
-    if not world().is_first:
-        return
-    if as_json:
-        print_json({"status": "done", "path": out, "metrics": metrics})
-    elif merged:
-        click.echo("\n".join([f"routers     {_routers(metrics)}", "", f"statistics  {out}", _next(out)]))
-    else:
-        click.echo("\n".join(_as_text(out, metrics, shard)))
+    print_done(
+        *(as_json, {"path": out, "metrics": metrics}),
+        lambda: [*([] if merged else _drawn(out)), *_as_text(out, metrics, is_part=shard is not None)],
+    )
 
 
 def _collect(
@@ -136,7 +126,6 @@ def _collect(
     from nexus_core.checkpoint.source import open_checkpoint
     from nexus_core.errors import UsageError
     from nexus_core.models import choose_device, compute_dtype
-    from nexus_core.pipeline.keys import data_identity
     from nexus_core.recipe.load import section_from
     from nexus_core.recipe.schema import Collect
     from nexus_core.stages.collect import STAGE, collect
@@ -153,7 +142,7 @@ def _collect(
         "version": STAGE.version,
         "model": fingerprint(checkpoint.folder),
         "settings": settings.model_dump(mode="json"),
-        "data": {name: [data_identity(source.path) for source in sources] for name, sources in sets.items()},
+        "data": contents(sets),
         "dtype": dtype,
         "shard": str(part),
     }
@@ -184,7 +173,7 @@ def _number_or_all(text: str | None) -> bool | int | str | None:
     return int(text) if text and text.isdecimal() else text
 
 
-def _as_text(out: Path, metrics: Mapping[str, Any], shard: str | None) -> list[str]:
+def _drawn(out: Path) -> list[str]:
     from nexus_core.stages.collect import REPORT_NAME
 
     report = json.loads((out / REPORT_NAME).read_text())
@@ -196,15 +185,16 @@ def _as_text(out: Path, metrics: Mapping[str, Any], shard: str | None) -> list[s
             f"{chosen['vocabulary_coverage']:.1%} of the candidates' vocabulary (a random draw: "
             f"{random['vocabulary_coverage']:.1%})"
         )
-    return [*lines, f"routers     {_routers(metrics)}", "", f"statistics  {out}", *([] if shard else [_next(out)])]
+    return lines
 
 
-def _routers(metrics: Mapping[str, Any]) -> str:
-    return (
-        f"entropy {metrics['router_entropy_nats']:.2f} nats, {metrics['router_entropy_share_of_even']:.0%} of an even "
-        f"spread; {metrics['experts_never_chosen']} experts never chosen"
-    )
-
-
-def _next(out: Path) -> str:
-    return f"next        nexus select {out} --out DIR"
+def _as_text(out: Path, metrics: Mapping[str, Any], *, is_part: bool) -> list[str]:
+    """is_part: of the tokens; what is next is then not to be done with it alone."""
+    lines = [
+        f"routers     entropy {metrics['router_entropy_nats']:.2f} nats, "
+        f"{metrics['router_entropy_share_of_even']:.0%} of an even spread; "
+        f"{metrics['experts_never_chosen']} experts never chosen",
+        "",
+        f"statistics  {out}",
+    ]
+    return lines if is_part else [*lines, f"next        nexus select {out} --out DIR"]

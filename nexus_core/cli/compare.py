@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from nexus_core.cli.output import failure_as_json, json_option, print_json
+from nexus_core.cli.options import json_option
+from nexus_core.cli.output import failure_as_json, print_json
 
 # Wide enough for three runs when nobody looks at the output.
 WIDTH_WITHOUT_TERMINAL = 160
@@ -28,9 +29,9 @@ def command(
     RUN is a recipe's name, which stands for its newest finished run, or the beginning of a run's id. Without any: the
     newest finished run of each recipe.
     """
-    if named and last is not None:
-        raise click.UsageError("give either runs by name or --last, not both")
     with failure_as_json(as_json):
+        if named and last is not None:
+            raise click.UsageError("give either runs by name or --last, not both")
         from nexus_core.report.comparison import as_json as comparison_as_json
         from nexus_core.report.comparison import as_text
         from nexus_core.track.connection import default_uri

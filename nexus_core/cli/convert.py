@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nexus_core.cli.output import failure_as_json, json_option, print_json
+from nexus_core.cli.options import json_option, out_option, revision_option
+from nexus_core.cli.output import failure_as_json, print_done
 
 if TYPE_CHECKING:
     from nexus_core.select import Selection
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     multiple=True,
     help="For merge neurons: a data set of the statistics that is to be learnt; the others are kept. May be repeated.",
 )
-@click.option("--revision", help="Commit, branch or tag of a Hub id.")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@revision_option
+@out_option
 @json_option
 def command(
     model: str,
@@ -91,10 +92,7 @@ def command(
                 learn=learn or None,
                 selection_file=str(selection_file),
             )
-    if as_json:
-        print_json({"status": "done", "path": out, "metrics": metrics})
-    else:
-        click.echo("\n".join(_as_text(out, metrics)))
+    print_done(as_json, {"path": out, "metrics": metrics}, lambda: _as_text(out, metrics))
 
 
 def find_statistics(statistics: Path | None, selection: Selection, selection_file: Path) -> dict[str, Path]:

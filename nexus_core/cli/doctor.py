@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nexus_core.cli.output import failure_as_json, json_option, print_json
+from nexus_core.cli.options import device_option, dtype_option, json_option, revision_option
+from nexus_core.cli.output import failure_as_json, print_json
 
 if TYPE_CHECKING:
     from nexus_core.pipeline.doctor import Report
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Rehearse at this recipe's sizes, and tell the hours of its tokens.",
 )
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-@click.option("--dtype", default="auto", help="Type of the computation: auto, float32 or bfloat16.")
+@dtype_option
+@device_option
 @click.option("--quick", is_flag=True, help="Sample the weights instead of reading every byte.")
-@click.option("--revision", help="Commit, branch or tag of a Hub id.")
+@revision_option
 @json_option
 def command(
     model: str,

@@ -9,19 +9,19 @@ import click
 
 if TYPE_CHECKING:
     from nexus_core.estimate import StageEstimate
-    from nexus_core.pipeline.plan import Plan
+    from nexus_core.pipeline.outline import Outline
     from nexus_core.pipeline.preflight import Preflight
 
 HEADINGS = ("stage", "", "tokens", "memory", "new disk", "operations", "moved", "time")
 
 
-def stage_table(plan: Plan, ahead: Preflight) -> list[str]:
-    """One line a stage, then where each one's output lies."""
+def stage_table(outline: Outline, ahead: Preflight) -> list[str]:
+    """One line a stage: what it takes."""
     rows: list[tuple[str, ...]] = [HEADINGS]
-    for step in plan.steps:
-        stage = ahead.stages.get(step.stage.name)
-        state = "reused" if step.found else "runs"
-        rows.append((step.stage.name, state, *(_figures(stage, ahead) if stage else ("",) * 6)))
+    for stage in outline.stages:
+        estimate = ahead.stages.get(stage.name)
+        state = "reused" if stage.is_reused else "runs"
+        rows.append((stage.name, state, *(_figures(estimate, ahead) if estimate else ("",) * 6)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     widths[:2] = [9, 7]
     return [
@@ -87,29 +87,73 @@ def device_line(ahead: Preflight) -> str:
     )
 
 
-def stages_as_json(plan: Plan, ahead: Preflight) -> Mapping[str, Any]:
-    """Every stage of the plan with its estimate."""
+def place_lines(outline: Outline) -> list[str]:
+    """One line a stage: where its output lies or will lie."""
+    return [
+        f"{stage.name:<9} {'reused' if stage.is_reused else 'runs':<7} "
+        f"{stage.step.path if stage.step else 'no reuse key without the weights'}"
+        for stage in outline.stages
+    ]
+
+
+def weight_lines(ahead: Preflight) -> list[str]:
+    """One line for each model whose weights are not here: how many bytes they are, and where they would come from."""
+    from nexus_core.pipeline.preflight import size
+
+    return [
+        f"weights  of {weights.name} are not here: {size(weights.stored_bytes)}, "
+        + (
+            f"{size(weights.download_bytes)} of which `nexus run` downloads to {weights.folder}"
+            if weights.is_downloaded
+            else f"to be put into {weights.folder} before `nexus run`"
+        )
+        for weights in ahead.missing
+    ]
+
+
+def weights_as_json(ahead: Preflight) -> list[dict[str, Any]]:
+    """Each model whose weights are not here."""
+    return [
+        {
+            "path": weights.folder,
+            "stored_bytes": weights.stored_bytes,
+            "download_bytes": weights.download_bytes,
+            "downloaded": weights.is_downloaded,
+        }
+        for weights in ahead.missing
+    ]
+
+
+def stages_as_json(outline: Outline, ahead: Preflight) -> Mapping[str, Any]:
+    """Every stage of the recipe with its estimate; key and path null while weights are not here."""
     found: dict[str, Any] = {}
-    for step in plan.steps:
-        found[step.stage.name] = {"key": step.key, "path": step.path, "reused": step.found is not None, "tokens": None}
-        stage = ahead.stages.get(step.stage.name)
-        if stage:
-            found[step.stage.name] |= {
-                "tokens": stage.work.tokens or None,
-                "memory_bytes": dict(stage.memory.parts),
-                "host_bytes": dict(stage.memory.host),
-                "disk_bytes": stage.disk_bytes,
-                "flops": stage.work.flops,
-                "moved_bytes": stage.work.moved_bytes,
-                "seconds": stage.work.seconds,
-                "tokens_per_second": stage.work.tokens_per_second,
+    for stage in outline.stages:
+        step = stage.step
+        found[stage.name] = {
+            "key": step.key if step else None,
+            "path": step.path if step else None,
+            "reused": stage.is_reused,
+            "tokens": None,
+        }
+        estimate = ahead.stages.get(stage.name)
+        if estimate:
+            found[stage.name] |= {
+                "tokens": estimate.work.tokens or None,
+                "memory_bytes": dict(estimate.memory.parts),
+                "host_bytes": dict(estimate.memory.host),
+                "disk_bytes": estimate.disk_bytes,
+                "flops": estimate.work.flops,
+                "moved_bytes": estimate.work.moved_bytes,
+                "seconds": estimate.work.seconds,
+                "tokens_per_second": estimate.work.tokens_per_second,
             }
     return found
 
 
 def warnings(ahead: Preflight) -> list[str]:
-    """What does not fit and what to change, in yellow."""
-    return [click.style(f"warning: {ahead.sentence(misfit)}", fg="yellow") for misfit in ahead.misfits]
+    """What does not fit and what to change, and what was not counted, in yellow."""
+    said = [ahead.sentence(misfit) for misfit in ahead.misfits] + list(ahead.notes)
+    return [click.style(f"warning: {sentence}", fg="yellow") for sentence in said]
 
 
 def operations(count: float) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from nexus_core.cli.output import failure_as_json, json_option, print_json, set_option
+from nexus_core.cli.options import json_option, set_option
+from nexus_core.cli.output import failure_as_json, print_json
 
 
 @click.command("explain")

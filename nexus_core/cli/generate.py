@@ -11,8 +11,9 @@ import click
 
 from nexus_core.cli.folders import resumable_folder
 from nexus_core.cli.launch import in_processes
-from nexus_core.cli.output import failure_as_json, json_option, print_json
-from nexus_core.processes import world
+from nexus_core.cli.options import device_option, dtype_option, json_option, out_option, revision_option, section_option
+from nexus_core.cli.output import failure_as_json, print_done
+from nexus_core.cli.sources import contents
 
 # The file that is written, and what a set of it is called in the command that is shown.
 NAME = "completions"
@@ -27,17 +28,11 @@ NAME = "completions"
 @click.option("--batch-size", type=int, help="Completions written at once.  [default: 16]")
 @click.option("--seed", type=int, help="Seed of the draws.")
 @click.option("--base", is_flag=True, help="Of a converted or trained model have the base in it write.")
-@click.option(
-    "--set",
-    "assignments",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Any key of a recipe's section under generate, e.g. top_p=0.95 or prompts.0.fields.prompt=question.",
-)
-@click.option("--dtype", default="auto", help="Type of the computation: auto, float32 or bfloat16.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-@click.option("--revision", help="Commit, branch or tag of a Hub id.")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@section_option("section under generate, e.g. top_p=0.95 or prompts.0.fields.prompt=question")
+@dtype_option
+@device_option
+@revision_option
+@out_option
 @json_option
 @in_processes
 def command(
@@ -67,7 +62,6 @@ def command(
         from nexus_core.checkpoint.fingerprint import fingerprint
         from nexus_core.checkpoint.source import open_checkpoint
         from nexus_core.models import choose_device
-        from nexus_core.pipeline.keys import data_identity
         from nexus_core.recipe.load import section_from
         from nexus_core.recipe.schema import Generate
         from nexus_core.stages.generate import STAGE, generate
@@ -88,17 +82,12 @@ def command(
             "model": fingerprint(checkpoint.folder),
             "base": base,
             "settings": settings.model_dump(mode="json"),
-            "data": [data_identity(source.path, source.revision) for source in settings.prompts],
+            "data": contents({NAME: settings.prompts}),
             "dtype": dtype,
         }
         with resumable_folder(out, identity) as folder:
             metrics = generate(checkpoint, {NAME: settings}, folder, dtype=dtype, device=place, base=base)
-    if not world().is_first:
-        return
-    if as_json:
-        print_json({"status": "done", "path": out, "metrics": metrics})
-    else:
-        click.echo("\n".join(_as_text(out, metrics)))
+    print_done(as_json, {"path": out, "metrics": metrics}, lambda: _as_text(out, metrics))
 
 
 def _as_text(out: Path, metrics: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import click
 from nexus_core.errors import NexusError
 from nexus_core.processes import INTERRUPTED, first_to_fail, world_if_any
 
-FAILED, MISUSED = 1, 2
+FAILED = 1
 
 # Libraries read these when they are imported; what a user has set stays. TOKENIZERS_PARALLELISM is not among them:
 # left alone, tokenizers use all cores and stop doing so in a forked process; set to true, such a process hangs.
@@ -42,15 +43,6 @@ QUIET_ENVIRONMENT = {
 # about 900 with this number of turns before a thread sleeps.
 THREAD_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
-set_option = click.option(
-    "--set",
-    "overrides",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Override a setting of the recipe, e.g. train.max_steps=100; may be given again.",
-)
-
 
 def quieten(debug: bool = False) -> None:
     """Silence what other libraries say about themselves; called before any of them is imported.
@@ -71,6 +63,13 @@ def quieten(debug: bool = False) -> None:
     warnings.filterwarnings(
         "ignore", category=UserWarning, module=r"(torch|transformers|datasets|mlflow|huggingface_hub)"
     )
+
+
+def open_closed_streams() -> None:
+    """Give a process that was started without an output, as some daemons do it, one that goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for as long as the process lives
 
 
 def exit_code_of(error: BaseException, debug: bool) -> int:
@@ -106,8 +105,25 @@ def sentence(error: BaseException) -> str:
         return error.format_message()
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return "interrupted"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return (
+            f"{error.filename or 'what is printed'}: the disk is full; free some space and type the same command again"
+        )
     first_line = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first_line}; this is not expected, run again with --debug to see where it happens"
+
+
+def print_done(as_json: bool, answer: Mapping[str, Any], lines: Callable[[], Iterable[str]]) -> None:
+    """Say that a command is done: as one JSON object of status "done" and what `answer` gives, or as lines of text.
+
+    Of several processes only the first one says it.
+    """
+    if not world_if_any().is_first:
+        return
+    if as_json:
+        print_json({"status": "done", **answer})
+    else:
+        click.echo("\n".join(lines()))
 
 
 def print_json(answer: Mapping[str, Any]) -> None:

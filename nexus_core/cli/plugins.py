@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nexus_core.cli.output import FAILED, failure_as_json, json_option, print_json
+from nexus_core.cli.options import json_option
+from nexus_core.cli.output import FAILED, failure_as_json, print_done, print_json
 
 if TYPE_CHECKING:
     from nexus_core.plugins import Plugins
@@ -64,15 +65,15 @@ def new(name: str, out: Path | None, as_json: bool) -> None:
     """
     with failure_as_json(as_json):
         from nexus_core.new_plugin import write_plugin
+        from nexus_core.pipeline.disk import atomic_folder
 
         folder = out or Path(f"nexus-{name.replace('_', '-')}")
-        files = write_plugin(name, folder)
-    if as_json:
-        print_json({"status": "done", "folder": folder, "files": [path.relative_to(folder) for path in files]})
-        return
-    for path in files:
-        click.echo(f"  {path}")
-    click.echo(f"next: cd {folder} && pip install -e . && pytest   (then its README.md)")
+        with atomic_folder(folder) as partial:
+            files = [path.relative_to(partial) for path in write_plugin(name, partial)]
+    next_line = f"next: cd {folder} && pip install -e . && pytest   (then its README.md)"
+    print_done(
+        *(as_json, {"folder": folder, "files": files}), lambda: [*(f"  {folder / path}" for path in files), next_line]
+    )
 
 
 def _list(as_json: bool) -> None:

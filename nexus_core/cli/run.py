@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nexus_core.cli.launch import LAUNCHER, is_to_launch, launch, own_command, processes_option, stopped_by_launcher
-from nexus_core.cli.output import failure_as_json, json_option, print_json, set_option
+from nexus_core.cli.options import json_option, set_option
+from nexus_core.cli.output import failure_as_json, print_json
 from nexus_core.processes import World, join, leave
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nexus_core.cli.output import failure_as_json, json_option, print_json
+from nexus_core.cli.options import json_option, out_option
+from nexus_core.cli.output import failure_as_json, print_done
 from nexus_core.errors import UsageError, suggestion
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ TABLE_WIDTH = 110
     multiple=True,
     help="A parameter of the strategy, e.g. components=20; of several, of those that have it.",
 )
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@out_option
 @json_option
 def command(
     statistics: Path,
@@ -69,16 +70,13 @@ def command(
             settings = _of_each(compare, values, parameters)
             with atomic_folder(out) as folder:
                 comparison = stage.compare(statistics, settings, folder)
-            answer, lines = {"status": "done", "path": out, **comparison}, _comparison_as_text(comparison, out)
+            answer, lines = {"path": out, **comparison}, _comparison_as_text(comparison, out)
         else:
             chosen = section_from(Select, values, parameters)
             with atomic_folder(out) as folder:
                 metrics = stage.select(statistics, chosen, folder)
-            answer, lines = {"status": "done", "path": out, "metrics": metrics}, _as_text(read_selection(out), out)
-    if as_json:
-        print_json(answer)
-    else:
-        click.echo("\n".join(lines))
+            answer, lines = {"path": out, "metrics": metrics}, _as_text(read_selection(out), out)
+    print_done(as_json, answer, lambda: lines)
 
 
 def _top_k(text: str | None) -> Any:

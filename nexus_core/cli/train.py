@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nexus_core.cli.folders import resumable_folder
 from nexus_core.cli.launch import in_processes
-from nexus_core.cli.output import failure_as_json, json_option, print_json
-from nexus_core.cli.sources import named_sources
+from nexus_core.cli.options import device_option, dtype_option, held_out_option, json_option, out_option, section_option
+from nexus_core.cli.output import failure_as_json, print_done
+from nexus_core.cli.sources import contents, learnt_and_kept
 from nexus_core.processes import world
 
-held_out_option = click.option(
-    "--held-out",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.0,
-    show_default=True,
-    help="Share of every file's records kept from training, for --set evaluate.every=N.",
-)
+if TYPE_CHECKING:
+    from nexus_core.recipe.training import Train
 
 
 @click.command("train")
@@ -39,16 +35,17 @@ held_out_option = click.option(
     help="What `nexus capture` stored of the same text: no teacher pass is run.",
 )
 @held_out_option
+@section_option("train section, e.g. sequence_length=512, losses.logits_kl=8.0 or data.NAME=0.75")
 @click.option(
-    "--set",
-    "assignments",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Any key of a recipe's train section, e.g. sequence_length=512, losses.logits_kl=8.0 or data.NAME=0.75.",
+    "--zero-stage",
+    type=click.IntRange(0, 3),
+    metavar="0|1|2|3",
+    help="Of several processes, have DeepSpeed keep only parts in each: of the optimizer from 1, of gradients from 2, "
+    "of the base at 3.",
 )
-@click.option("--dtype", default="auto", help="Type of the computation: auto, float32 or bfloat16.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@dtype_option
+@device_option
+@out_option
 @json_option
 @in_processes
 def command(
@@ -61,6 +58,7 @@ def command(
     teacher: Path | None,
     held_out: float,
     assignments: tuple[str, ...],
+    zero_stage: int | None,
     dtype: str,
     device: str,
     out: Path,
@@ -78,13 +76,13 @@ def command(
         from nexus_core.models import choose_device
         from nexus_core.pipeline.keys import data_identity
         from nexus_core.recipe.load import section_from
+        from nexus_core.recipe.schema import DeepSpeed
         from nexus_core.recipe.training import Train
         from nexus_core.stages.train import MODEL_NAME, STAGE, train
         from nexus_core.train.start import start_shard
         from nexus_core.train.teacher_store import TeacherStore
 
-        learnt, kept = (named_sources(files, flag, held_out) for files, flag in ((learn, "--learn"), (keep, "--keep")))
-        refuse_both(learnt, kept)
+        learnt, kept = learnt_and_kept(learn, keep, held_out)
         sets = learnt | kept
         values = {
             "data": dict.fromkeys(sets, 1.0),
@@ -95,13 +93,15 @@ def command(
             "teacher": {"kind": "offline"} if teacher else None,
         }
         settings = section_from(Train, values, assignments)
+        refuse_idle_processes(settings, world().size)
         checkpoint = open_checkpoint(model)
         place = choose_device(device)
         identity = {
             "version": STAGE.version,
             "model": fingerprint(checkpoint.folder),
             "settings": settings.model_dump(mode="json"),
-            "data": {name: [data_identity(source.path) for source in sources] for name, sources in sets.items()},
+            "data": contents(sets),
+            "held_out": held_out,
             "dtype": dtype,
         }
         if teacher:
@@ -110,23 +110,26 @@ def command(
             identity["start_from"] = data_identity(str(start_shard(settings.start_from)))
         with resumable_folder(out, identity) as folder:
             metrics = train(
-                checkpoint, sets, settings, list(learnt), folder, teacher=teacher, dtype=dtype, device=place
+                *(checkpoint, sets, settings, list(learnt), folder),
+                teacher=teacher,
+                dtype=dtype,
+                device=place,
+                deepspeed=None if zero_stage is None else DeepSpeed.model_validate({"zero_stage": zero_stage}),
             )
-    if not world().is_first:
-        return
-    if as_json:
-        print_json({"status": "done", "path": out, "model": out / MODEL_NAME, "metrics": metrics})
-    else:
-        click.echo("\n".join(_as_text(out, metrics, keep)))
+    answer = {"path": out, "model": out / MODEL_NAME, "metrics": metrics}
+    print_done(as_json, answer, lambda: _as_text(out, metrics, keep))
 
 
-def refuse_both(learnt: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
-    """Raises UsageError if a data set is both to be learnt and to be kept."""
+def refuse_idle_processes(settings: Train, processes: int) -> None:
+    """Raises UsageError if a step has fewer sequences than there are processes to share them, as a recipe's check."""
     from nexus_core.errors import UsageError
 
-    for name in learnt:
-        if name in kept:
-            raise UsageError(f"'{name}' is given to --learn and to --keep; a data set is for one of them, rename one")
+    sequences = settings.batch_size * settings.gradient_accumulation
+    if processes > sequences:
+        raise UsageError(
+            f"--processes {processes}: a step has {sequences} sequences to share (batch_size {settings.batch_size} x "
+            f"gradient_accumulation {settings.gradient_accumulation}); start at most as many, or raise one with --set"
+        )
 
 
 def _as_text(out: Path, metrics: Mapping[str, Any], keep: tuple[str, ...]) -> list[str]:

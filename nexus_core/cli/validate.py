@@ -10,9 +10,9 @@ import click
 
 from nexus_core.cli.folders import of_the_first
 from nexus_core.cli.launch import in_processes
-from nexus_core.cli.output import failure_as_json, json_option, print_json
+from nexus_core.cli.options import device_option, dtype_option, json_option, out_option, section_option
+from nexus_core.cli.output import failure_as_json, print_done
 from nexus_core.cli.sources import named_sources
-from nexus_core.processes import world
 
 # More sequences than any file has: the whole of it.
 WHOLE_FILE = 2**40
@@ -27,12 +27,10 @@ WHOLE_FILE = 2**40
     "--learnt", metavar="NAME", multiple=True, help="A set that was to be learnt; the others were to be kept."
 )
 @click.option("--samples", type=int, help="Measure on no more than so many sequences of each set.")
-@click.option(
-    "--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Any key of a recipe's validate section."
-)
-@click.option("--dtype", default="auto", help="Type of the computation: auto, float32 or bfloat16.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write.")
+@section_option("validate section, e.g. sequence_length=1024")
+@dtype_option
+@device_option
+@out_option
 @json_option
 @in_processes
 def command(
@@ -68,12 +66,7 @@ def command(
         place = choose_device(device)
         with of_the_first(atomic_folder(out)) as folder:
             metrics = validate(checkpoint, sets, settings, learnt, folder, part="all", dtype=dtype, device=place)
-    if not world().is_first:
-        return
-    if as_json:
-        print_json({"status": "done", "path": out, "metrics": metrics})
-    else:
-        click.echo("\n".join(_as_text(out, metrics, list(sets))))
+    print_done(as_json, {"path": out, "metrics": metrics}, lambda: _as_text(out, metrics, list(sets)))
 
 
 def _as_text(out: Path, metrics: Mapping[str, Any], names: list[str]) -> list[str]:

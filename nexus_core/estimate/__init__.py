@@ -12,12 +12,13 @@ from nexus_core.estimate.model import ModelSize
 from nexus_core.estimate.remedies import Remedy, remedies
 from nexus_core.estimate.stages import StageEstimate, estimate_stages
 from nexus_core.estimate.work import Work
-from nexus_core.estimate.workload import Workload
+from nexus_core.estimate.workload import Prompts, Workload
 
 __all__ = [
     "DEVICES",
     "Device",
     "ModelSize",
+    "Prompts",
     "Remedy",
     "StageEstimate",
     "Work",

@@ -6,75 +6,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 
-from nexus_core.distill.vocabulary import CHUNK_ELEMENTS
 from nexus_core.estimate.model import ModelSize
-from nexus_core.estimate.workload import BFLOAT16_BYTES, FLOAT32_BYTES, Passes, Workload
+from nexus_core.estimate.parts import (
+    FORWARD_PRODUCTS,
+    LM_BUFFERS,
+    MAPPED,
+    UNEVEN_ROWS,
+    Memory,
+    compiled_products,
+    held_weights,
+    layer_forward,
+    router_outputs,
+    vocabulary_chunks,
+)
+from nexus_core.estimate.training import train_memory
+from nexus_core.estimate.workload import BFLOAT16_BYTES, FLOAT32_BYTES, FLOAT64_BYTES, Completions, Passes, Workload
 from nexus_core.merge.effect import TILE_NEURONS
 from nexus_core.merge.experts import TILE_NUMBERS
-
-FLOAT64_BYTES = 8
-
-# A gradient is summed in float32, whatever the model computes in.
-GRADIENT_BYTES = 4
-# AdamW's two moments, and a float32 copy of what is held in fewer bits.
-MOMENT_BYTES = 8
-MASTER_BYTES = 4
-
-# The part that is mapped from its files where the device is the host.
-MAPPED = "packed experts"
 
 # Python, torch and transformers, imported, with a tokenizer and some text; a GPU's libraries take more of the host.
 PROGRAM_BYTES = {"cpu": 300_000_000, "cuda": 3_000_000_000}
 
+# What lives at once for each token of the vocabulary while the next one is drawn: its logit, as computed and twice in
+# float32, its probability and the sum up to it in float64; and with `top_p` what sorts them.
+DRAW_BYTES = 24
+TOP_P_BYTES = 40
+
+# For each token and expert in float64, while a layer's probabilities are added up.
+MOMENT_NUMBERS = 3
+
 # Records, their tokens and what they are chosen by, before there are sequences: of data sets of a few megabytes.
 TEXT_BYTES = 8_000_000
-
-# Buffers of a chunk of float32 logits: student, teacher, and one between them; only the student's without a teacher.
-KL_BUFFERS = 3
-LM_BUFFERS = 2
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes by part. lasting: for the whole stage. moments: what comes and goes, by moment, each by part; only one of
-    them is at a time. host: in the machine's memory where that is not the device's.
-    """
-
-    lasting: Mapping[str, int]
-    moments: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    host: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def fullest(self) -> Mapping[str, int]:
-        """The parts of the moment that takes most."""
-        return max(self.moments.values(), key=lambda parts: sum(parts.values()), default={})
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """All parts that are there at the fullest moment."""
-        return {name: size for name, size in {**self.lasting, **self.fullest}.items() if size > 0}
-
-    @property
-    def device_bytes(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(self.host.values())
 
 
 def stage_memory(model: ModelSize, work: Workload, kind: str) -> dict[str, Memory]:
     """Memory by stage on a device of `kind`, "cpu" or "cuda"; on a CPU the device is the host."""
     found = {
-        "collect": _collect(model, work),
+        "collect": _collect(model, work, kind),
         "select": Memory({"router statistics": _moments(model, work)}),
         "convert": _convert(model, work),
-        "train": _train(model, work, kind),
+        "train": train_memory(model, work, kind),
         "validate": _validate(model, work, kind),
     }
+    if work.generate:
+        found["generate"] = _generate(model, work, kind)
     if work.teacher == "offline":
         found["capture"] = _capture(model, work, kind)
     return {stage: _with_host(stage, memory, work, kind) for stage, memory in found.items()}
@@ -91,40 +67,6 @@ def _with_host(stage: str, memory: Memory, work: Workload, kind: str) -> Memory:
     return Memory({}, {}, whole) if kind == "cpu" else Memory(memory.lasting, memory.moments, whole)
 
 
-def _weights(model: ModelSize, work: Workload, *, shared: bool) -> dict[str, int]:
-    own = model.moe.shared_expert_width
-    others = model.costs.held_numbers - (model.shared_numbers(own) if own else 0)
-    return {
-        MAPPED: model.costs.packed_bytes,
-        "other weights": others * work.number_bytes,
-        "shared experts": model.shared_numbers(work.width) * work.number_bytes if shared else 0,
-    }
-
-
-def _decode_buffer(model: ModelSize, work: Workload) -> dict[str, int]:
-    return {"decode buffer": model.costs.buffer_numbers * work.number_bytes}
-
-
-def _scores(model: ModelSize, work: Workload, passes: Passes, numbers: float) -> int:
-    """One layer's attention scores; none where its kernel writes none down."""
-    costs = model.costs
-    if costs.score_tokens is not None and passes.length > costs.score_tokens:
-        return 0
-    return round(numbers * costs.heads * passes.batch * passes.length**2 * work.number_bytes)
-
-
-def _forward(model: ModelSize, work: Workload, passes: Passes, *, shared: bool) -> dict[str, int]:
-    """One layer on the way forward: the larger of its attention and its experts, which are not at the same time."""
-    neurons = (work.width or model.moe.expert_width) if shared else 0
-    per_token = model.costs.forward_numbers + model.costs.shared_numbers * neurons
-    layer = round(passes.batch_tokens * per_token * work.number_bytes)
-    return {
-        "attention": _scores(model, work, passes, model.costs.score_numbers),
-        "one layer at work": layer,
-        **_decode_buffer(model, work),
-    }
-
-
 def _moments(model: ModelSize, work: Workload) -> int:
     """Router statistics: two matrices and five vectors a layer, and what each neuron does, if that is gathered."""
     layers, experts = len(model.moe.layers), model.moe.experts
@@ -133,33 +75,45 @@ def _moments(model: ModelSize, work: Workload) -> int:
     return sums + (neurons if work.gathers_neurons else 0)
 
 
-def _router_outputs(model: ModelSize, passes: Passes, per_expert: float, per_choice: float) -> int:
-    moe = model.moe
-    per_token = moe.experts * per_expert + moe.experts_per_token * per_choice
-    return round(len(moe.layers) * passes.batch_tokens * per_token)
-
-
 def _kept_inputs(model: ModelSize, work: Workload) -> int:
     return 2 * work.keep_inputs * len(model.moe.layers) * model.moe.hidden_size * FLOAT32_BYTES
 
 
-def _collect(model: ModelSize, work: Workload) -> Memory:
-    passes, number = work.collect, work.number_bytes
-    hears = work.keep_inputs or work.gathers_neurons
-    heard = 2 * len(model.moe.layers) * passes.batch_tokens * model.moe.hidden_size * number if hears else 0
+def _collect(model: ModelSize, work: Workload, kind: str) -> Memory:
+    """What is heard of a layer is added up before the next one runs; only probabilities to be kept wait for all."""
+    passes, number, moe = work.collect, work.number_bytes, model.moe
+    T, layers = passes.batch_tokens, max(len(moe.layers), 1)
+    of_layer = router_outputs(model, passes, number, number + 8) // layers
+    waiting = layers * T * moe.experts * number if work.keep_probabilities else 0
+    # What went into the layer's experts and came out of them.
+    heard = 2 * T * moe.hidden_size * number if work.keep_inputs or work.gathers_neurons else 0
+    adding = MOMENT_NUMBERS * moe.experts * T * FLOAT64_BYTES
+    if work.gathers_neurons:
+        adding = max(adding, _neurons_heard(model, work))
     lasting = {
-        **_weights(model, work, shared=False),
+        **held_weights(model, work, shared=False),
         "router statistics": _moments(model, work),
-        "router outputs": _router_outputs(model, passes, number, number + 8),
-        "layer inputs heard": heard,
+        "router outputs": of_layer + waiting,
+        **compiled_products(model, work, passes, kind, FORWARD_PRODUCTS),
     }
     # Ids, positions and data set of every token, and what reading and drawing them takes.
     text = TEXT_BYTES + 24 * work.collect.tokens
     return Memory(
         lasting,
-        {"forward": _forward(model, work, passes, shared=False)},
+        {
+            "forward": layer_forward(model, work, passes, shared=False),
+            "adding up": {"layer inputs heard": heard, "one layer added up": adding},
+        },
         {"inputs kept for convert": _kept_inputs(model, work), "text": text},
     )
+
+
+def _neurons_heard(model: ModelSize, work: Workload) -> int:
+    """Of an expert, dense: its matrices, one of them in float64 too, and the rows of the one that has most."""
+    D, F = model.moe.hidden_size, model.moe.expert_width
+    rows = UNEVEN_ROWS * work.collect.batch_tokens * model.moe.experts_per_token / model.moe.experts
+    matrices = 3 * D * F * work.number_bytes + D * F * FLOAT64_BYTES
+    return round(matrices + rows * (2 * D + 3 * F) * work.number_bytes + rows * (D + 2 * F) * FLOAT64_BYTES)
 
 
 def _convert(model: ModelSize, work: Workload) -> Memory:
@@ -178,126 +132,57 @@ def _convert(model: ModelSize, work: Workload) -> Memory:
 
 
 def _capture(model: ModelSize, work: Workload, kind: str) -> Memory:
+    model = model.teacher or model
     passes, number, moe = work.train, work.number_bytes, model.moe
     stored = round(min(work.capture_tokens, passes.tokens)) * (
         128 * 16 + (3 * len(moe.layers) * moe.experts if work.stores_routers else 0)
     )
     return Memory(
-        {**_weights(model, work, shared=False), "router outputs": _router_outputs(model, passes, number, number + 8)},
         {
-            "forward": _forward(model, work, passes, shared=False),
-            "vocabulary": {"vocabulary chunks": _chunks(model, work, passes, kind, LM_BUFFERS)},
+            **held_weights(model, work, shared=False),
+            "router outputs": router_outputs(model, passes, number, number + 8),
+        },
+        {
+            "forward": layer_forward(model, work, passes, shared=False),
+            "vocabulary": {"vocabulary chunks": vocabulary_chunks(model, passes, kind, LM_BUFFERS)},
         },
         {"chunk being written": stored},
     )
 
 
+def _generate(model: ModelSize, work: Workload, kind: str) -> Memory:
+    """Of the list of text that needs most: weights are the same for all."""
+    return max((_complete(model, work, text, kind) for text in work.generate), key=lambda memory: memory.device_bytes)
+
+
+def _complete(model: ModelSize, work: Workload, text: Completions, kind: str) -> Memory:
+    number, vocabulary, longest = work.number_bytes, model.moe.vocabulary_size, text.prompts.longest
+    # A window's layers keep no more keys and values than it sees.
+    seen = sum(min(longest + text.new, window or math.inf) for window in model.costs.windows)
+    cache = round(text.batch * seen * model.cached_numbers * number)
+    draw = DRAW_BYTES + number + (TOP_P_BYTES if text.sorts else 0)
+    prompts = Passes(text.batch * longest, text.batch, longest)
+    return Memory(
+        {
+            **held_weights(model, work, shared=False),
+            "keys and values": cache,
+            **compiled_products(model, work, prompts, kind, FORWARD_PRODUCTS),
+        },
+        {
+            "prompts": layer_forward(model, work, prompts, shared=False),
+            "drawing": {"vocabulary chunks": text.batch * vocabulary * draw},
+        },
+    )
+
+
 def _validate(model: ModelSize, work: Workload, kind: str) -> Memory:
     passes, number = work.validate, work.number_bytes
-    chunks = _chunks(model, work, passes, kind, LM_BUFFERS)
+    chunks = vocabulary_chunks(model, passes, kind, LM_BUFFERS)
     return Memory(
         {
-            **_weights(model, work, shared=True),
-            "router outputs": _router_outputs(model, passes, 3 * number, number + 8),
+            **held_weights(model, work, shared=True),
+            "router outputs": router_outputs(model, passes, 3 * number, number + 8),
+            **compiled_products(model, work, passes, kind, FORWARD_PRODUCTS),
         },
-        {"forward": _forward(model, work, passes, shared=True), "vocabulary": {"vocabulary chunks": chunks}},
+        {"forward": layer_forward(model, work, passes, shared=True), "vocabulary": {"vocabulary chunks": chunks}},
     )
-
-
-def _chunks(model: ModelSize, work: Workload, passes: Passes, kind: str, buffers: int) -> int:
-    """Logits of as many tokens as are looked at together."""
-    vocabulary = model.moe.vocabulary_size
-    rows = max(1, min(CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cpu"]) // vocabulary, passes.batch_tokens))
-    narrow = work.number_bytes if work.number_bytes < FLOAT32_BYTES else 0
-    return rows * vocabulary * (buffers * FLOAT32_BYTES + narrow)
-
-
-def _loss_chunks(model: ModelSize, work: Workload, kind: str) -> int:
-    """The larger of the two losses over the vocabulary, each over the rows of a micro-batch that are its own."""
-    batch = work.train.batch
-    kept, learnt = (math.ceil(batch * share) for share in (work.kept_share, 1 - work.kept_share))
-    losses = {"lm": (learnt, LM_BUFFERS)}
-    if "logits_kl" in work.losses:
-        losses["logits_kl"] = (kept, KL_BUFFERS if work.teacher == "online" else LM_BUFFERS)
-    return max(
-        _chunks(model, work, replace(work.train, batch=rows), kind, buffers)
-        for rows, buffers in losses.values()
-        if rows
-    )
-
-
-def _train(model: ModelSize, work: Workload, kind: str) -> Memory:
-    passes, number, moe, costs = work.train, work.number_bytes, model.moe, model.costs
-    T, D, L = passes.batch_tokens, moe.hidden_size, model.layers
-    neurons = work.width or moe.expert_width
-    trained = trainable_numbers(model, work)
-    masters = MASTER_BYTES if number < FLOAT32_BYTES else 0
-    anchor = FLOAT32_BYTES if work.anchors else 0
-    optimizer = trained * (MOMENT_BYTES + masters + anchor) // (work.processes if work.zero_stage else 1)
-    gradients = trained * GRADIENT_BYTES // (work.processes if work.zero_stage >= 2 else 1)
-
-    # Nothing below the first shared expert learns, so the first layer keeps only what that expert needs.
-    deep = max(L - 1, 1)
-    kept_layer = round(T * (costs.kept_numbers * number + costs.kept_bytes))
-    kept_shared = round(T * costs.shared_numbers * neurons * number)
-    kept_scores = _scores(model, work, passes, costs.kept_score_numbers)
-    chunks = _loss_chunks(model, work, kind)
-    # Final hidden states of student and teacher, those of tokens that count, and their gradient.
-    final = 5 * T * D * number
-    watched = "router_kl" in work.losses
-    # Logits of both, of the tokens that count, and both softmaxes in float32 for the loss.
-    routers = _router_outputs(model, passes, 4 * number + (8 if watched else 0), number + 8)
-    if work.recomputes:
-        kept = {"activations": L * T * D * number, "attention": 0}
-        again = {"one layer computed again": kept_layer + kept_shared}
-        scores = costs.score_numbers
-    else:
-        kept = {"activations": deep * kept_layer + L * kept_shared, "attention": deep * kept_scores}
-        again = {}
-        scores = costs.score_numbers - costs.kept_score_numbers
-    # On the way back a layer's experts come first; when its attention does, what they had kept is gone.
-    through_experts = {
-        **kept,
-        **again,
-        "attention": kept["attention"] + (kept_scores if work.recomputes else 0),
-        "one layer at work": round(T * costs.backward_numbers * number),
-        **_decode_buffer(model, work),
-    }
-    through_attention = {
-        "activations": kept["activations"] - (0 if work.recomputes else kept_layer + kept_shared),
-        "attention": kept["attention"] + _scores(model, work, passes, scores),
-        "one layer at work": round(T * costs.forward_numbers * number),
-    }
-    weights = _weights(model, work, shared=True)
-    host = {}
-    if work.offloads_optimizer:
-        host["optimizer states, offloaded"] = optimizer + gradients
-        optimizer = 0
-    if work.zero_stage == 3:
-        weights = {name: count // work.processes for name, count in weights.items()}
-        if work.offload == "parameters":
-            host |= {f"{name}, offloaded": count for name, count in weights.items()}
-            # A layer is gathered while it is at work, and the next one beside it.
-            weights = {"gathered layers": 2 * sum(weights.values()) * work.processes // L}
-    return Memory(
-        {
-            **weights,
-            "gradients": gradients,
-            "optimizer states": optimizer,
-            "router outputs": routers,
-            "final hidden states": final,
-        },
-        {
-            "teacher": _forward(model, work, passes, shared=False),
-            "vocabulary": {**kept, "vocabulary chunks": chunks},
-            "back through experts": through_experts,
-            "back through attention": through_attention,
-        },
-        host,
-    )
-
-
-def trainable_numbers(model: ModelSize, work: Workload) -> int:
-    """Parameters that training moves: shared experts, and the routers' changes if the router learns."""
-    routers = len(model.moe.layers) * model.moe.experts * (model.moe.hidden_size + 1)
-    return model.shared_numbers(work.width) + (routers if work.router_learns else 0)

@@ -18,11 +18,14 @@ PLAIN_KEPT_HIDDEN = 10.0
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model as the estimates see it. stored_bytes: of the checkpoint by part."""
+    """A model as the estimates see it. stored_bytes: of the checkpoint by part. teacher: what `capture` runs where that
+    is another model.
+    """
 
     moe: MoeDescription
     costs: RunningCosts
     stored_bytes: Mapping[str, int]
+    teacher: ModelSize | None = None
 
     @property
     def layers(self) -> int:
@@ -33,6 +36,12 @@ class ModelSize:
     def expert_numbers(self) -> int:
         """Numbers of one routed expert's matrices."""
         return 3 * self.moe.hidden_size * self.moe.expert_width
+
+    @property
+    def cached_numbers(self) -> float:
+        """Numbers that a key-value cache keeps of a token in a layer."""
+        costs = self.costs
+        return 2.0 * costs.heads * costs.head_size if costs.cached_numbers is None else costs.cached_numbers
 
     @property
     def head_numbers(self) -> int:
@@ -82,4 +91,5 @@ def plain_costs(config: Mapping[str, Any], moe: MoeDescription, stored_bytes: Ma
         forward_numbers=PLAIN_FORWARD_HIDDEN * D + 2 * K * (2 * F + D),
         backward_numbers=PLAIN_FORWARD_HIDDEN * D + 2 * K * (2 * F + D),
         kept_numbers=PLAIN_KEPT_HIDDEN * D + K * (4 * F + 2 * D),
+        cached_numbers=2 * int(config.get("num_key_value_heads") or heads) * int(config.get("head_dim") or D // heads),
     )

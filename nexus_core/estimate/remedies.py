@@ -67,6 +67,8 @@ def _cumulative(model: ModelSize, work: Workload, stage: str, where: str) -> Ite
 
 def _changes(model: ModelSize, work: Workload, stage: str, where: str) -> Iterator[tuple[str, Workload]]:
     """Changes as a person would write them after --set, the mildest first."""
+    if stage == "generate":
+        yield from _smaller_batches(work)
     section = stage if stage in ("collect", "validate") else "train"
     passes: Passes = {"collect": work.collect, "validate": work.validate}.get(section, work.train)
 
@@ -77,6 +79,11 @@ def _changes(model: ModelSize, work: Workload, stage: str, where: str) -> Iterat
 
     if stage == "train" and not work.recomputes:
         yield "train.gradient_checkpointing=true", replace(work, recomputes=True)
+    if stage == "train" and work.accumulation > 1:
+        # The same step without sums of gradients.
+        batch = passes.batch * work.accumulation
+        at_once = replace(work, train=replace(passes, batch=batch), accumulation=1)
+        yield f"train.batch_size={batch} train.gradient_accumulation=1", at_once
     if stage in ("collect", "train", "capture", "validate"):
         batch = passes.batch
         while batch > 1:
@@ -102,3 +109,12 @@ def _changes(model: ModelSize, work: Workload, stage: str, where: str) -> Iterat
         width = work.width or model.moe.expert_width
         for part in (2, 4):
             yield f"convert.width={width // part}", replace(work, width=width // part)
+
+
+def _smaller_batches(work: Workload) -> Iterator[tuple[str, Workload]]:
+    """Fewer completions at a time, of all lists of text alike."""
+    texts = work.generate
+    while any(text.batch > 1 for text in texts):
+        texts = tuple(replace(text, batch=max(text.batch // 2, 1)) for text in texts)
+        settings = " ".join(f"generate.{text.name}.batch_size={text.batch}" for text in texts)
+        yield settings, replace(work, generate=texts)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from nexus_core.estimate.devices import Device
 from nexus_core.estimate.disk import stage_disk
-from nexus_core.estimate.memory import Memory, stage_memory
+from nexus_core.estimate.memory import stage_memory
 from nexus_core.estimate.model import ModelSize
+from nexus_core.estimate.parts import Memory
 from nexus_core.estimate.work import Work, stage_work
 from nexus_core.estimate.workload import Workload
 
-ORDER = ("collect", "select", "convert", "capture", "train", "validate")
+ORDER = ("generate", "collect", "select", "convert", "capture", "train", "validate")
 NO_WORK = Work(0, 0.0, 0.0, 0.0)
 
 
@@ -32,7 +33,7 @@ class StageEstimate:
 
 
 def estimate_stages(model: ModelSize, work: Workload, device: Device) -> Mapping[str, StageEstimate]:
-    """By stage, in the order in which they run; `capture` only if the teacher is stored."""
+    """By stage, in the order in which they run; `generate` and `capture` only if the recipe has them."""
     memory, disk = stage_memory(model, work, device.kind), stage_disk(model, work)
     spent = stage_work(model, work, device)
     return {

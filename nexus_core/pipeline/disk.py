@@ -14,7 +14,8 @@ from nexus_core.checkpoint.writer import sync_folder
 from nexus_core.errors import NexusError, StageError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+# Where a file has the name of a folder on the way, making that folder ends with EEXIST.
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 @contextmanager

@@ -78,7 +78,16 @@ def host_memory_bytes() -> int:
 
 def free_disk_bytes(folder: Path) -> int:
     """Free bytes where the folder is, or would be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def on_one_disk(first: Path, second: Path) -> bool:
+    """Whether two folders, there or to be made, share a file system, and so its free bytes."""
+    return _existing(first).stat().st_dev == _existing(second).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place

@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nexus_core.checkpoint.reader import INDEX_NAME
 from nexus_core.checkpoint.source import Checkpoint
 from nexus_core.data.prompts import check_prompts
 from nexus_core.data.records import check_source
-from nexus_core.errors import DataError, PluginError, Problem, RecipeError, UsageError
+from nexus_core.errors import CheckpointError, DataError, PluginError, Problem, RecipeError, UsageError
 from nexus_core.estimate import (
     Device,
     ModelSize,
@@ -24,7 +25,8 @@ from nexus_core.estimate import (
 )
 from nexus_core.estimate.model import plain_costs
 from nexus_core.models import choose_device
-from nexus_core.pipeline.machine import found_device, free_disk_bytes, host_memory_bytes
+from nexus_core.pipeline.machine import found_device, free_disk_bytes, host_memory_bytes, on_one_disk
+from nexus_core.pipeline.prompts import look_at_prompts
 from nexus_core.processes import world
 from nexus_core.recipe.checks import check_against_model
 from nexus_core.recipe.schema import Recipe, Records, Source
@@ -39,8 +41,41 @@ REFUSED_ABOVE = 1.05
 
 
 @dataclass(frozen=True)
+class MissingWeights:
+    """Weights that a run reads and that are not here. name: as the user gave the model. is_downloaded: a run fetches
+    what of them is missing into `folder`; else the user has to put them there. download_bytes: what is missing.
+    on_store_disk: whether `folder` and the store share a disk; free_disk_bytes: of the folder's.
+    """
+
+    name: str
+    folder: Path
+    stored_bytes: int
+    download_bytes: int
+    is_downloaded: bool
+    on_store_disk: bool
+    free_disk_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, store: Path) -> MissingWeights:
+        total = sum(stored_bytes(checkpoint).values())
+        here = sum(shard.stat().st_size for shard in checkpoint.folder.glob("*.safetensors"))
+        return cls(
+            checkpoint.name,
+            checkpoint.folder,
+            total,
+            max(total - here, 0) if checkpoint.is_from_hub else 0,
+            checkpoint.is_from_hub,
+            on_one_disk(checkpoint.folder, store),
+            free_disk_bytes(checkpoint.folder),
+        )
+
+
+@dataclass(frozen=True)
 class Misfit:
-    """A stage that does not fit. where: "device", "host" or "disk". ways_out: changes that help, mildest first."""
+    """A stage that does not fit. where: "device", "host" or "disk". ways_out: changes that help, mildest first.
+
+    stage: of a disk "all", or the name of the model that would be downloaded to it.
+    """
 
     stage: str
     where: str
@@ -52,7 +87,7 @@ class Misfit:
 @dataclass(frozen=True)
 class Preflight:
     """A recipe's estimate on a device. host_bytes: of this machine, None if the device is only named. stages: by name,
-    in order. free_disk_bytes: where the store is.
+    in order. free_disk_bytes: where the store is. missing: weights that are not here. notes: what could not be counted.
     """
 
     model: ModelSize
@@ -61,15 +96,27 @@ class Preflight:
     host_bytes: int | None
     stages: Mapping[str, StageEstimate]
     free_disk_bytes: int
+    missing: tuple[MissingWeights, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def trainable_parameters(self) -> int:
         return self.model.shared_numbers(self.work.width)
 
     @property
-    def disk_bytes(self) -> int:
+    def stage_disk_bytes(self) -> int:
         """New bytes of all stages."""
         return sum(stage.disk_bytes for stage in self.stages.values())
+
+    @property
+    def download_bytes(self) -> int:
+        """Of weights that a run would fetch first."""
+        return sum(weights.download_bytes for weights in self.missing)
+
+    @property
+    def disk_bytes(self) -> int:
+        """All that a run would write."""
+        return self.stage_disk_bytes + self.download_bytes
 
     @cached_property
     def misfits(self) -> tuple[Misfit, ...]:
@@ -83,9 +130,16 @@ class Preflight:
                 host = self.host_bytes if self.host_bytes is not None else needs
                 ways_out = remedies(self.model, self.work, self.device, host, name, where)
                 found.append(Misfit(name, where, needs, room[where], tuple(ways_out)))
-        if self.host_bytes is not None and self.disk_bytes > self.free_disk_bytes:
-            found.append(Misfit("all", "disk", self.disk_bytes, self.free_disk_bytes))
+        if self.host_bytes is not None:
+            found += self._full_disks()
         return tuple(found)
+
+    def _full_disks(self) -> list[Misfit]:
+        beside = [weights for weights in self.missing if not weights.on_store_disk]
+        needs = self.disk_bytes - sum(weights.download_bytes for weights in beside)
+        found = [Misfit("all", "disk", needs, self.free_disk_bytes)]
+        found += [Misfit(each.name, "disk", each.download_bytes, each.free_disk_bytes) for each in beside]
+        return [misfit for misfit in found if misfit.needs_bytes > misfit.has_bytes]
 
     def refuse_misfits(self, stages: Collection[str]) -> None:
         """Raises UsageError, with what to change, if one of the stages that are to run cannot fit."""
@@ -99,10 +153,16 @@ class Preflight:
 
     def sentence(self, misfit: Misfit) -> str:
         """What is too small for what, and what to change."""
-        if misfit.where == "disk":
+        if misfit.where == "disk" and misfit.stage != "all":
             return (
-                f"the stages write about {size(misfit.needs_bytes)} and the disk has {size(misfit.has_bytes)} free; "
-                "name another with run.store"
+                f"the weights of {misfit.stage} take {size(misfit.needs_bytes)} and the disk of the Hub's cache has "
+                f"{size(misfit.has_bytes)} free; name another with the environment's HF_HOME"
+            )
+        if misfit.where == "disk":
+            fetched = " and the download of weights" if misfit.needs_bytes > self.stage_disk_bytes else ""
+            return (
+                f"the stages{fetched} write about {size(misfit.needs_bytes)} and the disk has "
+                f"{size(misfit.has_bytes)} free; name another with run.store"
             )
         place = self.device.name if misfit.where == "device" else "the machine"
         said = f"{misfit.stage} needs about {size(misfit.needs_bytes)} and {place} has {size(misfit.has_bytes)}"
@@ -136,11 +196,19 @@ def check_inputs(recipe: Recipe, checkpoint: Checkpoint) -> None:
         raise RecipeError(problems)
 
 
-def look_ahead(recipe: Recipe, checkpoint: Checkpoint, named: str | None = None, *, timed: bool = True) -> Preflight:
+def look_ahead(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    named: str | None = None,
+    *,
+    teacher: Checkpoint | None = None,
+    timed: bool = True,
+) -> Preflight:
     """What the recipe will take with this checkpoint, computed without reading a weight.
 
-    named: a device of the table instead of the one found here, e.g. "h200". timed: with the time it takes; on a CPU
-    that means to measure how fast it is. Raises UsageError if the table has no such device.
+    named: a device of the table instead of the one found here, e.g. "h200". teacher: the other model that `capture`
+    runs, if there is one. timed: with the time it takes; on a CPU that means to measure how fast it is. Raises
+    UsageError if the table has no such device.
     """
     if named is None:
         name = choose_device(recipe.run.device)
@@ -150,16 +218,23 @@ def look_ahead(recipe: Recipe, checkpoint: Checkpoint, named: str | None = None,
     else:
         device, host_bytes = find_device(named), None
     model = model_size(checkpoint, device.kind)
+    if teacher is not None:
+        model = replace(model, teacher=model_size(teacher, device.kind))
+    store = Path(recipe.run.store).expanduser()
+    read = [checkpoint, *([teacher] if teacher else [])]
+    missing = tuple(MissingWeights.of(each, store) for each in read if each.lacks_weights)
+    prompts, notes = look_at_prompts(recipe, checkpoint, counted=timed)
     work = Workload.of(
         recipe,
         device.kind,
+        prompts=prompts,
         gathers_neurons=wanted_statistics(recipe).expert_norms,
         router_learns=ROUTER_DELTA in training_objective(recipe.train).routing.needs,
         capture_tokens=CHUNK_TOKENS,
     )
     work = replace(work, processes=max(work.processes, world().size))
     stages = estimate_stages(model, work, device)
-    return Preflight(model, work, device, host_bytes, stages, free_disk_bytes(Path(recipe.run.store).expanduser()))
+    return Preflight(model, work, device, host_bytes, stages, free_disk_bytes(store), missing, notes)
 
 
 def model_size(checkpoint: Checkpoint, kind: str) -> ModelSize:
@@ -178,11 +253,22 @@ def running_costs(checkpoint: Checkpoint, stored: Mapping[str, int], kind: str) 
 
 
 def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of the checkpoint by part, as the family says; in one sum, from the shards, if it does not say."""
+    """Bytes of the checkpoint by part, as the family says; in one sum, from the shards or their index, if it does not.
+
+    Raises CheckpointError if neither says.
+    """
     try:
         return dict(checkpoint.family.hook.nexus_stored_bytes(config=checkpoint.config))
     except PluginError:
+        pass
+    if not checkpoint.lacks_weights:
         return {"tensors": sum(entry.stored_bytes for entry in checkpoint.reader.entries.values())}
+    if checkpoint.indexed_bytes is None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: has neither weights nor {INDEX_NAME}, and the family '{checkpoint.family.name}' "
+            "does not say how large they are; put one of them there"
+        )
+    return {"tensors": checkpoint.indexed_bytes}
 
 
 def size(count: float) -> str:

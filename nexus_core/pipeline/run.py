@@ -21,6 +21,7 @@ from nexus_core.pipeline.failures import explained
 from nexus_core.pipeline.follow import dismiss, follow, with_followers
 from nexus_core.pipeline.observers import Observers
 from nexus_core.pipeline.order import from_there_on
+from nexus_core.pipeline.outline import other_teacher
 from nexus_core.pipeline.plan import Plan, Step, plan_recipe
 from nexus_core.pipeline.preflight import check_inputs, look_ahead
 from nexus_core.pipeline.store import plain
@@ -72,7 +73,7 @@ def run_recipe(
     plan = plan_recipe(recipe, until=until, verify=verify, checkpoint=checkpoint)
     if not anyway:
         to_run = [step.stage.name for step in plan.steps if step.found is None or step.stage.name in rerun]
-        look_ahead(recipe, checkpoint, timed=False).refuse_misfits(to_run)
+        look_ahead(recipe, checkpoint, teacher=other_teacher(recipe), timed=False).refuse_misfits(to_run)
     return execute(plan, rerun=rerun, on_outcome=on_outcome)
 
 

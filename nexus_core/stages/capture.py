@@ -70,7 +70,7 @@ def capture(
         stack.enter_context(torch.inference_mode())
         stack.enter_context(as_teacher(model))
         reader = TeacherPass(model, stack.enter_context(listen(model, teacher.family)), settings, vocabulary_size)
-        # Every process takes each so-manieth chunk, so that sets of different costs are shared evenly.
+        # Dealt out one by one, so that sets of different costs are shared evenly.
         own = work[here.rank :: here.size]
         progress = stack.enter_context(Progress("capture", sum(len(numbers) for _, numbers in own), "sequences"))
         for name, numbers in own:

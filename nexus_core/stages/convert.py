@@ -110,17 +110,18 @@ def convert(
     write_json(out / CONFIG_NAME, checkpoint.family.hook.nexus_converted_config(config=checkpoint.config, width=width))
     copied = copy_companions(checkpoint.folder, out, [REPORT_NAME])
 
-    trainable = sum(torch.Size(tensor.shape).numel() for tensor in plan.values())
-    shared_bytes = sum(tensor.stored_bytes for tensor in plan.values())
+    sizes: Metrics = {
+        "trainable_parameters": sum(torch.Size(tensor.shape).numel() for tensor in plan.values()),
+        "bytes_before": bytes_after - sum(tensor.stored_bytes for tensor in plan.values()),
+        "bytes_after": bytes_after,
+    }
     report = {
         "merge": settings.merge,
         "parameters": parameters.model_dump(mode="json") if parameters else {},
         "start": settings.start,
         "width": width,
         "selection": {"strategy": selection.strategy, "top_k": selection.top_k},
-        "trainable_parameters": trainable,
-        "bytes_before": bytes_after - shared_bytes,
-        "bytes_after": bytes_after,
+        **sizes,
         "base_shards": link,
         "copied": copied,
         "left_out": _left_out(bool(sources.kept), copied),
@@ -130,19 +131,10 @@ def convert(
         report["data"] = {"learnt": list(sources.learnt), "kept": list(sources.kept_sets)}
     write_json(out / REPORT_NAME, report)
     measured = {layer: effect for layer, effect in effects.items() if effect}
-    if measured:
-        output_change(measured, settings.merge, factor).savefig(out / PICTURE_NAME)
-    metrics: Metrics = {
-        "trainable_parameters": trainable,
-        "bytes_before": bytes_after - shared_bytes,
-        "bytes_after": bytes_after,
-    }
-    if measured:
-        full = float(np.mean([effect.relative_change for effect in measured.values()]))
-        metrics["relative_output_change"] = abs(factor) * full
-        metrics["relative_output_change_at_full_start"] = full
-        metrics["cosine_to_routed_output"] = float(np.mean([effect.cosine for effect in measured.values()]))
-    return metrics
+    if not measured:
+        return sizes
+    output_change(measured, settings.merge, factor).savefig(out / PICTURE_NAME)
+    return sizes | _mean_effect(list(measured.values()), factor)
 
 
 def check_experts(checkpoint: Checkpoint) -> None:
@@ -203,6 +195,15 @@ def _effect(experts: LayerExperts, merged: ExpertWeights, outputs_ND: torch.Tens
     if experts.inputs_ND is None or outputs_ND is None:
         return None
     return measure_effect(expert_output(merged, experts.inputs_ND, experts.activations), outputs_ND)
+
+
+def _mean_effect(effects: Sequence[Effect], factor: float) -> Metrics:
+    full = float(np.mean([effect.relative_change for effect in effects]))
+    return {
+        "relative_output_change": abs(factor) * full,
+        "relative_output_change_at_full_start": full,
+        "cosine_to_routed_output": float(np.mean([effect.cosine for effect in effects])),
+    }
 
 
 def _layer_report(layer: LayerSelection, effect: Effect | None, factor: float) -> dict[str, Any]:

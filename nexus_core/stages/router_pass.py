@@ -17,7 +17,7 @@ from nexus_core.errors import StageError
 from nexus_core.stages.standing import Savable
 from nexus_core.statistics.activity import ExpertActivity
 from nexus_core.statistics.kept_inputs import KeptInputs
-from nexus_core.statistics.listening import Listener
+from nexus_core.statistics.listening import HeardLayer, Listener
 from nexus_core.statistics.moments import RouterStatistics
 from nexus_core.statistics.probabilities import ProbabilityWriter
 
@@ -55,7 +55,9 @@ def batches(samples: Sequence[Sample], batch_size: int) -> list[RoutedBatch]:
 
 @dataclass
 class RouterPass:
-    """Runs batches through a model that `listener` listens to, and adds what was heard to the sums."""
+    """Runs batches through a model that `listener` listens to, and adds what is heard to the sums, layer by layer while
+    the model runs: of what layers put out, no more than one layer's is held.
+    """
 
     model: Any
     listener: Listener
@@ -66,7 +68,8 @@ class RouterPass:
 
     def __post_init__(self) -> None:
         self._isolates = isolates_documents(self.model)
-        self.listener.clear()
+        # Written token by token, so these wait for all layers; only where they are written at all.
+        self._logits: dict[int, torch.Tensor] = {}
 
     def sums(self) -> dict[str, Savable]:
         """Everything that grows, by name; the file that may have been cut short comes first."""
@@ -81,22 +84,32 @@ class RouterPass:
     @torch.inference_mode()
     def route(self, batch: RoutedBatch) -> None:
         """Add one batch. Raises StageError if a router gives numbers that are not finite or memory runs out."""
-        self._forward(batch)
-        self.listener.refuse_if_incomplete()
-        if self.activity:
-            self.activity.record(self.statistics, self.listener, batch.sets_T)
         mask_T = batch.sets_T >= 0
         # Only the last sequences of a set are padded; picking tokens would copy all the others for nothing.
-        mask = None if bool(mask_T.all()) else mask_T.to(self.statistics.probability_sum.device)
-        for position, layer in enumerate(self.statistics.layers):
-            self.statistics.update(position, self.listener.routers[layer], mask)
-        if self.listener.inputs:
-            self.kept.update(self.listener.inputs, self.listener.outputs, mask_T)
+        self._mask = None if bool(mask_T.all()) else mask_T.to(self.statistics.probability_sum.device)
+        self._sets = batch.sets_T
+        self.kept.begin(mask_T)
+        if self.activity:
+            self.activity.saliency.count(batch.sets_T)
+        self.listener.clear()
+        self.listener.hand_on(self._take)
+        self._forward(batch)
+        self.listener.refuse_if_incomplete()
         if self.writer:
-            logits = [self.listener.routers[layer].logits for layer in self.statistics.layers]
-            self.writer.write(logits if mask is None else [logits_TE[mask] for logits_TE in logits])
+            self.writer.write([self._logits.pop(layer) for layer in self.statistics.layers])
         self.listener.clear()
         self._refuse_non_finite()
+
+    def _take(self, layer: int, heard: HeardLayer) -> None:
+        """Add one layer of the batch that is under way."""
+        if self.activity:
+            self.activity.record(self.statistics, layer, heard, self._sets)
+        self.statistics.update(self.statistics.layers.index(layer), heard.router, self._mask)
+        if heard.inputs is not None and heard.outputs is not None:
+            self.kept.take(layer, heard.inputs, heard.outputs)
+        if self.writer:
+            logits_TE = heard.router.logits
+            self._logits[layer] = logits_TE if self._mask is None else logits_TE[self._mask]
 
     def _forward(self, batch: RoutedBatch) -> None:
         # Through the layers only: the output head's logits are the widest thing, and nobody reads them. Sequences are

@@ -88,6 +88,7 @@ class Gradients:
             )
             if self.selection_biases:
                 self.selection_biases.count(self.listener, micro_batch.text)
+            self.listener.clear()
             total += self._backward(signals, step_settings, parts, is_last=micro_batch is data.micro_batches[-1])
             router.update(signals.router_logits, signals.teacher_router_logits)
         sums = torch.stack([total, *parts.values()])

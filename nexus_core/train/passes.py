@@ -192,4 +192,6 @@ def refuse_other_head(model: Any, head: OutputHead) -> None:
 
 
 def _router_logits(listener: Listener, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(listener.routers[layer].logits.flatten(0, -2)[places] for layer in sorted(listener.routers))
+    whole = [listener.routers[layer].logits.flatten(0, -2) for layer in sorted(listener.routers)]
+    # Full sequences, the usual ones, need no copy: that of 36 layers of 128 experts is 75 MB for 8,192 tokens.
+    return tuple(logits if len(places) == len(logits) else logits[places] for logits in whole)

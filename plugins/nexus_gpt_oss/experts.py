@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from nexus_core.additions import Activation
 from nexus_core.types import ExpertWeights
 from nexus_gpt_oss.backends.choice import Sizes, backend_for
-from nexus_gpt_oss.backends.rows import Experts, Keeps, PackedMatrix, Routing, gate_weight_gradient, sort_by_expert
+from nexus_gpt_oss.backends.rows import Experts, Kept, Needs, PackedMatrix, Routing, sort_by_expert
 from nexus_gpt_oss.checkpoint import dense
 from nexus_gpt_oss.mxfp4 import GROUP, GROUP_BYTES
 
@@ -87,8 +87,8 @@ class PackedExperts(nn.Module):
 
 
 class _PackedForward(torch.autograd.Function):
-    """Saves the packed parameters themselves (not slices: a sharded parameter may be replaced in between), the
-    experts' inputs to the activation (R, 2F), and, where the gate weights learn, the experts' outputs (R, D)."""
+    """Saves the packed parameters themselves (not slices: a sharded parameter may be replaced in between), and what the
+    backend keeps by row."""
 
     @staticmethod
     def forward(
@@ -110,18 +110,20 @@ class _PackedForward(torch.autograd.Function):
         routing = sort_by_expert(indices_TK, len(gate_up_blocks))
         sizes = Sizes(len(gate_up_blocks), gate_up.inputs, down.inputs)
         backend = backend_for(hidden_TD.device, hidden_TD.dtype, sizes, len(routing.order_R))
-        keeps = Keeps(gate_up=trains and ctx.needs_input_grad[0], outputs=trains and ctx.needs_input_grad[1])
-        found = backend.forward(Experts(gate_up, down, activation), routing, hidden_TD, weights_TK, keeps)
-        ctx.backend, ctx.activation, ctx.counts = backend, activation, routing.counts
+        needs = Needs(hidden=trains and ctx.needs_input_grad[0], weights=trains and ctx.needs_input_grad[1])
+        found = backend.forward(Experts(gate_up, down, activation), routing, hidden_TD, weights_TK, needs)
+        ctx.backend, ctx.activation, ctx.counts, ctx.needs = backend, activation, routing.counts, needs
         ctx.save_for_backward(
             weights_TK,
             routing.order_R,
-            found.gate_up_RF,
-            found.outputs_RD,
+            found.kept.gate_up_RF,
+            found.kept.outputs_RD,
             gate_up_blocks,
             gate_up_scales,
+            gate_up_bias,
             down_blocks,
             down_scales,
+            down_bias,
         )
         return found.summed_TD
 
@@ -130,13 +132,10 @@ class _PackedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weights_TK, order_R, gate_up_RF, outputs_RD, *packed = ctx.saved_tensors
         routing = Routing(ctx.counts, order_R, weights_TK.shape[1])
-        experts = Experts(PackedMatrix(*packed[:2]), PackedMatrix(*packed[2:]), ctx.activation)
-        grad_weights_TK = grad_hidden_TD = None
-        if outputs_RD is not None:
-            grad_weights_TK = gate_weight_gradient(routing, grad_TD, outputs_RD).to(weights_TK.dtype)
-        if gate_up_RF is not None:
-            grad_hidden_TD = ctx.backend.backward(experts, routing, grad_TD, weights_TK, gate_up_RF)
-        return grad_hidden_TD, grad_weights_TK, *(None,) * 9
+        experts = Experts(PackedMatrix(*packed[:3]), PackedMatrix(*packed[3:]), ctx.activation)
+        kept = Kept(gate_up_RF, outputs_RD)
+        found = ctx.backend.backward(experts, routing, grad_TD, weights_TK, kept, ctx.needs)
+        return found.hidden_TD, found.weights_TK, *(None,) * 9
 
 
 def _frozen_bytes(*shape: int) -> nn.Parameter:

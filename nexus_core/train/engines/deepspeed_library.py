@@ -35,8 +35,8 @@ def deepspeed_library(device: torch.device) -> Any:
             import deepspeed
         except ImportError as error:
             raise UsageError(
-                f"run.deepspeed needs the package deepspeed, which cannot be imported ({error}); install it, "
-                "or remove run.deepspeed: several processes then hold a whole model each"
+                f"run.deepspeed and --zero-stage need the package deepspeed, which cannot be imported ({error}); "
+                "install it, or leave them out: several processes then hold a whole model each"
             ) from error
         # It warns that our optimizer is not one of its own, and torch, at every call, of names that it uses.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -4,7 +4,7 @@
     grouped   experts decoded a group at a time into a bounded buffer, grouped products: GPUs
     fused     decoded inside the product, never written: GPUs, with Triton, where it is faster
 
-NEXUS_GPT_OSS_EXPERTS=loop, grouped or fused forces one; NEXUS_GPT_OSS_DECODED_MB bounds grouped's buffer (1024).
+NEXUS_GPT_OSS_EXPERTS=loop, grouped or fused forces one; NEXUS_GPT_OSS_DECODED_MB bounds grouped's buffer (256).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from nexus_gpt_oss.backends.rows import Experts, Forward, Keeps, Routing
+from nexus_gpt_oss.backends.rows import Experts, Forward, Gradients, Kept, Needs, Routing
 
 
 class ExpertsBackend(Protocol):
@@ -25,9 +25,9 @@ class ExpertsBackend(Protocol):
     name: str
 
     def forward(
-        self, experts: Experts, routing: Routing, hidden_TD: torch.Tensor, weights_TK: torch.Tensor, keeps: Keeps
+        self, experts: Experts, routing: Routing, hidden_TD: torch.Tensor, weights_TK: torch.Tensor, needs: Needs
     ) -> Forward:
-        """Each token's experts, weighted and summed, (T, D), of the hidden states' type."""
+        """Each token's experts, weighted and summed, (T, D), of the hidden states' type, with what `needs` takes."""
 
     def backward(
         self,
@@ -35,6 +35,7 @@ class ExpertsBackend(Protocol):
         routing: Routing,
         grad_TD: torch.Tensor,
         weights_TK: torch.Tensor,
-        gate_up_RF: torch.Tensor,
-    ) -> torch.Tensor:
-        """The gradient (T, D) of the hidden states. gate_up_RF: what `forward` kept."""
+        kept: Kept,
+        needs: Needs,
+    ) -> Gradients:
+        """Those that are needed, for the gradient (T, D) of what `forward` gave. kept: by `forward`, not changed."""

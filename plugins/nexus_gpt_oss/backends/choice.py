@@ -12,7 +12,7 @@ import torch
 from nexus_gpt_oss import execution
 from nexus_gpt_oss.backends import ExpertsBackend, grouped
 from nexus_gpt_oss.backends.loop import LoopBackend
-from nexus_gpt_oss.backends.rows import Experts, Keeps, PackedMatrix, Routing, sort_by_expert
+from nexus_gpt_oss.backends.rows import Experts, Needs, PackedMatrix, Routing, sort_by_expert
 from nexus_gpt_oss.backends.sorted_rows import SortedBackend
 from nexus_gpt_oss.decoding.format import GROUP, GROUP_BYTES, SCALE_BIAS
 
@@ -94,11 +94,15 @@ def _missing(module: str) -> ExpertsBackend:
 
 
 def _grouped(device: torch.device, dtype: torch.dtype) -> ExpertsBackend:
-    """With torch's grouped products where they work, else with one product after the other."""
-    try:
-        return checked(_grouped_by(grouped.multiply_by_torch), device, dtype)
-    except Exception:  # whatever torch says of a type, layout or device that it has no kernel for
-        return checked(_grouped_by(grouped.multiply_in_turn), device, dtype)
+    """With torch's grouped products where they work, else with one product after the other; always so on a CPU, where
+    nothing is launched and torch's would take memory that is then copied.
+    """
+    if device.type != "cpu":
+        try:
+            return checked(_grouped_by(grouped.multiply_by_torch), device, dtype)
+        except Exception:  # whatever torch says of a type, layout or device that it has no kernel for
+            pass
+    return checked(_grouped_by(grouped.multiply_in_turn), device, dtype)
 
 
 def _grouped_by(multiply: grouped.GroupedProduct) -> ExpertsBackend:
@@ -141,12 +145,13 @@ def _seconds(device: torch.device, dtype: torch.dtype, sizes: Sizes, rows_each: 
 def _answers(
     backend: ExpertsBackend, experts: Experts, routing: Routing, hidden_TD: torch.Tensor, weights_TK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, kept rows, and the hidden states' gradient, the output being its own cotangent."""
-    forward = backend.forward(experts, routing, hidden_TD, weights_TK, Keeps(gate_up=True, outputs=True))
-    assert forward.gate_up_RF is not None
-    assert forward.outputs_RD is not None
-    gradient = backend.backward(experts, routing, hidden_TD, weights_TK, forward.gate_up_RF)
-    return forward.summed_TD, forward.outputs_RD, gradient
+    """Output, and the gradients of hidden states and gate weights, the output's cotangent being the hidden states."""
+    needs = Needs(hidden=True, weights=True)
+    forward = backend.forward(experts, routing, hidden_TD, weights_TK, needs)
+    gradients = backend.backward(experts, routing, hidden_TD, weights_TK, forward.kept, needs)
+    assert gradients.hidden_TD is not None
+    assert gradients.weights_TK is not None
+    return forward.summed_TD, gradients.hidden_TD, gradients.weights_TK
 
 
 def _problem(

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nexus_gpt_oss.backends.rows import PackedMatrix, Routing
+from nexus_gpt_oss.backends.rows import PackedMatrix, SortedRows, sent
 from nexus_gpt_oss.decoding.format import GROUP_BYTES
 from nexus_gpt_oss.decoding.triton_bits import is_interpreted
 
@@ -42,22 +42,23 @@ class FusedProducts:
     def __init__(self, tile: Tile):
         self.tile = tile
 
-    def outputs(self, matrix: PackedMatrix, routing: Routing, rows_RI: torch.Tensor) -> torch.Tensor:
-        assert matrix.bias is not None
-        product_RO = rows_RI.new_empty((len(rows_RI), matrix.outputs))
-        self._launch(_outputs_kernel, matrix, routing, rows_RI, product_RO, matrix.bias.contiguous())
-        return product_RO
+    def outputs(self, matrix: PackedMatrix, rows: SortedRows, rows_RI: torch.Tensor, out: torch.Tensor) -> None:
+        self._launch(_outputs_kernel, matrix, rows, rows_RI, out, matrix.bias.contiguous())
 
-    def inputs(self, matrix: PackedMatrix, routing: Routing, grad_RO: torch.Tensor) -> torch.Tensor:
-        product_RI = grad_RO.new_empty((len(grad_RO), matrix.inputs))
-        self._launch(_inputs_kernel, matrix, routing, grad_RO, product_RI)
-        return product_RI
+    def inputs(self, matrix: PackedMatrix, rows: SortedRows, grad_RO: torch.Tensor, out: torch.Tensor) -> None:
+        self._launch(_inputs_kernel, matrix, rows, grad_RO, out)
 
     def _launch(
-        self, kernel: Any, matrix: PackedMatrix, routing: Routing, rows: torch.Tensor, product: torch.Tensor, *bias: Any
+        self,
+        kernel: Any,
+        matrix: PackedMatrix,
+        sorted_rows: SortedRows,
+        rows: torch.Tensor,
+        product: torch.Tensor,
+        *bias: Any,
     ) -> None:
         tile = self.tile
-        tiles_P3 = _tiles(routing, tile.rows)
+        tiles_P3 = _tiles(sorted_rows, tile.rows)
         programs = len(tiles_P3) * triton.cdiv(product.shape[1], tile.columns)
         if not programs:
             return
@@ -82,14 +83,14 @@ class FusedProducts:
             )
 
 
-def _tiles(routing: Routing, rows_per_tile: int) -> torch.Tensor:
+def _tiles(sorted_rows: SortedRows, rows_per_tile: int) -> torch.Tensor:
     """(P, 3) int32: expert, first row, and the row after the expert's last, for every tile of rows."""
     tiles = [
         (expert, first, rows.stop)
-        for expert, rows in routing.by_expert()
+        for expert, rows in sorted_rows.by_expert()
         for first in range(rows.start, rows.stop, rows_per_tile)
     ]
-    return torch.tensor(tiles, dtype=torch.int32, device=routing.order_R.device).view(-1, 3)
+    return sent(tiles, sorted_rows.order_R.device).view(-1, 3)
 
 
 @triton.jit

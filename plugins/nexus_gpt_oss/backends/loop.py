@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 
 from nexus_gpt_oss.backends.activation import activate, activation_gradient
-from nexus_gpt_oss.backends.rows import Experts, Forward, Keeps, PackedMatrix, Routing
+from nexus_gpt_oss.backends.rows import (
+    Experts,
+    Forward,
+    Gradients,
+    Kept,
+    Needs,
+    PackedMatrix,
+    Routing,
+    gate_weight_gradient,
+)
 from nexus_gpt_oss.backends.workspace import workspace
 from nexus_gpt_oss.decoding.format import PAIR_TYPES
 from nexus_gpt_oss.mxfp4 import decode
@@ -20,12 +29,12 @@ class LoopBackend:
     name = "loop"
 
     def forward(
-        self, experts: Experts, routing: Routing, hidden_TD: torch.Tensor, weights_TK: torch.Tensor, keeps: Keeps
+        self, experts: Experts, routing: Routing, hidden_TD: torch.Tensor, weights_TK: torch.Tensor, needs: Needs
     ) -> Forward:
         dtype, rows_in_all = hidden_TD.dtype, len(routing.order_R)
         weights_R = weights_TK.reshape(-1)[routing.order_R]
-        gate_up_RF = hidden_TD.new_empty((rows_in_all, experts.gate_up.outputs)) if keeps.gate_up else None
-        outputs_RD = hidden_TD.new_empty((rows_in_all, experts.down.outputs)) if keeps.outputs else None
+        gate_up_RF = hidden_TD.new_empty((rows_in_all, experts.gate_up.outputs)) if needs.hidden else None
+        outputs_RD = hidden_TD.new_empty((rows_in_all, experts.down.outputs)) if needs.weights else None
         summed_TD = torch.zeros_like(hidden_TD)
         for expert, rows in routing.by_expert():
             tokens = routing.tokens_R[rows]
@@ -37,9 +46,25 @@ class LoopBackend:
             output = torch.mm(activated, _decoded(experts.down, expert, dtype).T, out=place)
             output.add_(experts.down.bias_of(expert, dtype))
             summed_TD.index_add_(0, tokens, (output * weights_R[rows, None]).to(dtype))
-        return Forward(summed_TD, gate_up_RF, outputs_RD)
+        return Forward(summed_TD, Kept(gate_up_RF, outputs_RD))
 
     def backward(
+        self,
+        experts: Experts,
+        routing: Routing,
+        grad_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        kept: Kept,
+        needs: Needs,
+    ) -> Gradients:
+        grad_hidden_TD = grad_weights_TK = None
+        if kept.outputs_RD is not None and needs.weights:
+            grad_weights_TK = gate_weight_gradient(routing, grad_TD, kept.outputs_RD).to(weights_TK.dtype)
+        if kept.gate_up_RF is not None and needs.hidden:
+            grad_hidden_TD = self._hidden_gradient(experts, routing, grad_TD, weights_TK, kept.gate_up_RF)
+        return Gradients(grad_hidden_TD, grad_weights_TK)
+
+    def _hidden_gradient(
         self,
         experts: Experts,
         routing: Routing,

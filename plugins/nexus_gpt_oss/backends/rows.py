@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -16,21 +17,22 @@ from nexus_core.additions import Activation
 from nexus_core.errors import ShapeError
 from nexus_gpt_oss.decoding.format import GROUP
 
-# Bounds what is held at once where rows have nothing to do with each other.
-ROWS_AT_A_TIME = 4096
+# Bounds what is held at once where rows have nothing to do with each other. An activation's gradient holds twelve
+# numbers or so for each of a row's neurons: 140 MB at 2,880 of them. On a GPU an operation on so many rows moves 35 MB,
+# which takes longer than its launch.
+ROWS_AT_A_TIME = 2048
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """One projection of all experts: blocks (E, O, G, 16), scales (E, O, G), bias (E, O); none in a backward pass."""
+    """One projection of all experts: blocks (E, O, G, 16), scales (E, O, G), bias (E, O)."""
 
     blocks: torch.Tensor
     scales: torch.Tensor
-    bias: torch.Tensor | None = None
+    bias: torch.Tensor
 
     def bias_of(self, experts: int | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(O,) of one expert, (N, O) of several."""
-        assert self.bias is not None, "biases play no part on the way back"
         return self.bias[experts].to(dtype)
 
     @property
@@ -52,25 +54,40 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Keeps:
-    """What a forward pass is asked to keep for the way back."""
+class Needs:
+    """Which gradients will be asked for."""
 
-    gate_up: bool
-    outputs: bool
+    hidden: bool
+    weights: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forward pass keeps for the way back, by row; which of it is the backend's to say."""
+
+    gate_up_RF: torch.Tensor | None = None
+    outputs_RD: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward pass gives: the weighted sum of each token's experts, and per row what it was asked to keep."""
+    """What a forward pass gives: the weighted sum of each token's experts, and what it keeps."""
 
     summed_TD: torch.Tensor
-    gate_up_RF: torch.Tensor | None
-    outputs_RD: torch.Tensor | None
+    kept: Kept
 
 
 @dataclass(frozen=True)
-class Routing:
-    """Which rows there are. counts: rows of each expert. order_R: each row's place in the flattened (T, K)."""
+class Gradients:
+    """Those that are needed: of the hidden states (T, D), and of the gate weights (T, K)."""
+
+    hidden_TD: torch.Tensor | None
+    weights_TK: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """Rows that follow each other. counts: of each expert. order_R: each row's place in the flattened (T, K)."""
 
     counts: list[int]
     order_R: torch.Tensor
@@ -83,16 +100,13 @@ class Routing:
     @cached_property
     def experts_R(self) -> torch.Tensor:
         device = self.order_R.device
-        counts = torch.tensor(self.counts, device=device)
         experts = torch.arange(len(self.counts), device=device)
-        return torch.repeat_interleave(experts, counts, output_size=len(self.order_R))
+        return torch.repeat_interleave(experts, sent(self.counts, device), output_size=len(self.order_R))
 
     @cached_property
-    def rows_TK(self) -> torch.Tensor:
-        """The row of each token's k-th expert: the inverse of order_R."""
-        rows = torch.empty_like(self.order_R)
-        rows[self.order_R] = torch.arange(len(rows), device=rows.device)
-        return rows.view(-1, self.experts_per_token)
+    def ends_N(self) -> torch.Tensor:
+        """int32: where the rows of each expert that has some end."""
+        return sent([rows.stop for _, rows in self.by_expert()], self.order_R.device)
 
     def by_expert(self) -> Iterator[tuple[int, slice]]:
         """Each expert that has rows, and which."""
@@ -101,6 +115,29 @@ class Routing:
             if count:
                 yield expert, slice(start, start + count)
             start += count
+
+
+@dataclass(frozen=True)
+class Routing(SortedRows):
+    """All rows that there are."""
+
+    @cached_property
+    def rows_TK(self) -> torch.Tensor:
+        """The row of each token's k-th expert: the inverse of order_R."""
+        rows = torch.empty_like(self.order_R)
+        rows[self.order_R] = torch.arange(len(rows), device=rows.device)
+        return rows.view(-1, self.experts_per_token)
+
+    def slices(self, most_rows: int) -> Iterator[tuple[slice, SortedRows]]:
+        """All rows in turn, at most so many at a time, but of whole experts: one's are never torn, however many."""
+        counts, start, stop = [0] * len(self.counts), 0, 0
+        for expert, rows in self.by_expert():
+            if start < stop and rows.stop - start > most_rows:
+                yield slice(start, stop), SortedRows(counts, self.order_R[start:stop], self.experts_per_token)
+                counts, start = [0] * len(self.counts), stop
+            counts[expert], stop = rows.stop - rows.start, rows.stop
+        if start < stop:
+            yield slice(start, stop), SortedRows(counts, self.order_R[start:stop], self.experts_per_token)
 
 
 def sort_by_expert(indices_TK: torch.Tensor, experts: int) -> Routing:
@@ -123,3 +160,9 @@ def gate_weight_gradient(routing: Routing, grad_TD: torch.Tensor, outputs_RD: to
     for rows in pieces(len(outputs_RD)):
         grad_R[rows] = (grad_TD[routing.tokens_R[rows]] * outputs_RD[rows]).sum(dim=-1)
     return torch.empty_like(grad_R).index_copy_(0, routing.order_R, grad_R).view(-1, routing.experts_per_token)
+
+
+def sent(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
+    """Whole numbers, int32, on the device, without waiting for what it is doing."""
+    is_gpu = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=is_gpu).to(device, non_blocking=is_gpu)
