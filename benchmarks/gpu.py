@@ -160,7 +160,8 @@ def estimated(checkpoint: Checkpoint, device: str, stage: str, batch: int, lengt
     sets = {name: [{"path": name}] for name in ("learnt", "kept")}
     recipe = Recipe.model_validate({"schema": 1, "model": {"path": checkpoint.name}, "data": sets})
     usual = Workload.of(recipe, kind, gathers_neurons=False, router_learns=False, capture_tokens=0)
-    work = replace(usual, collect=passes, train=passes, recomputes=True, number_bytes=torch.bfloat16.itemsize)
+    number = torch.bfloat16.itemsize
+    work = replace(usual, collect=passes, train=passes, accumulation=1, recomputes=True, number_bytes=number)
     estimate = estimate_stages(model_size(checkpoint, kind), work, found_device(device, "bfloat16"))[stage]
     return {
         "estimated_tokens_per_second": estimate.work.tokens_per_second,

@@ -101,14 +101,17 @@ def main() -> None:
     teacher_store.CHUNK_TOKENS = CHUNK_TOKENS
     import_everything()
     chosen = [SETTINGS[number] for number in arguments.only or range(len(SETTINGS))]
-    with tempfile.TemporaryDirectory(prefix="nexus-soak-") as folder:
-        root = Path(folder)
+    # Not a TemporaryDirectory: a forked run that ends would tidy it up.
+    root = Path(tempfile.mkdtemp(prefix="nexus-soak-"))
+    try:
         results = {}
         for number, setting in enumerate(chosen):
             # Of the kills that are left, the same number for each that is left.
             kills = (arguments.kills - sum(done.kills.total() for done in chosen)) // (len(chosen) - number)
             generator = random.Random(f"{arguments.seed} {setting.name}")
             results[setting.name] = soak(setting, kills, root / str(number), generator)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
     print("\n".join(table(chosen, results)))
     sys.exit(any(setting.differing for setting in chosen))
 

@@ -146,6 +146,20 @@ def test_another_teacher_is_counted_where_it_is_captured(tiny: Checkpoint, large
     assert of_teacher["train"] == of_base["train"]
 
 
+def test_products_that_a_cpu_compiles_count_wherever_the_model_runs_in_bfloat16(large: ModelSize) -> None:
+    text = Completions("text", Prompts(8, 64, 64), 8, 8, 16)
+    work = replace(workload("gpt_oss_pca_top24.yaml"), generate=(text,), teacher="offline")
+    for kind, number_bytes, stages in (
+        ("cpu", 2, {"generate", "collect", "capture", "train", "validate"}),
+        ("cpu", 4, set()),
+        ("cuda", 2, set()),
+    ):
+        memory = stage_memory(large, replace(work, number_bytes=number_bytes), kind)
+        assert {name for name, parts in memory.items() if parts.host.get("compiled products")} == stages
+    # A pass of 16,384 tokens has more shapes than the library keeps.
+    assert stage_memory(large, work, "cpu")["collect"].host["compiled products"] == 1024 * 680_000
+
+
 def test_every_process_keeps_a_whole_anchor_in_the_machines_memory(large: ModelSize) -> None:
     work = workload("gpt_oss_pca_top24.yaml", "train.anchor={interval: 10, alpha: 0.5}")
     anchor = 4 * large.shared_numbers(None)

@@ -87,6 +87,8 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, weights: b
         config = json.loads(config_file.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: has no config.json, so it is not a model folder") from error
+    except OSError as error:
+        raise CheckpointError(f"{config_file}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{config_file}: is not valid JSON: {error}") from error
     if not isinstance(config, dict):

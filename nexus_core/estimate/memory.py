@@ -33,6 +33,9 @@ PROGRAM_BYTES = {"cpu": 300_000_000, "cuda": 3_000_000_000}
 DRAW_BYTES = 24
 TOP_P_BYTES = 40
 
+# A picture while it is drawn and written.
+PICTURE_BYTES = 5_000_000
+
 # For each token and expert in float64, while a layer's probabilities are added up.
 MOMENT_NUMBERS = 3
 
@@ -127,7 +130,12 @@ def _convert(model: ModelSize, work: Workload) -> Memory:
     kept = work.keep_inputs * D * (3 * FLOAT32_BYTES + 2 * FLOAT64_BYTES)
     neurons = 2 * min(width, TILE_NEURONS) * D * FLOAT32_BYTES if work.keep_inputs else 0
     return Memory(
-        {"one shared expert": (merged + begins) * BFLOAT16_BYTES, "tiles": tiles, "kept inputs": kept + neurons}
+        {
+            "one shared expert": (merged + begins) * BFLOAT16_BYTES,
+            "tiles": tiles,
+            "kept inputs": kept + neurons,
+            "picture": PICTURE_BYTES if work.keep_inputs else 0,
+        }
     )
 
 
@@ -137,14 +145,18 @@ def _capture(model: ModelSize, work: Workload, kind: str) -> Memory:
     stored = round(min(work.capture_tokens, passes.tokens)) * (
         128 * 16 + (3 * len(moe.layers) * moe.experts if work.stores_routers else 0)
     )
+    # Logits of all layers in float32, and the same side by side.
+    layered = 2 * len(moe.layers) * passes.batch_tokens * moe.experts * FLOAT32_BYTES if work.stores_routers else 0
     return Memory(
         {
             **held_weights(model, work, shared=False),
             "router outputs": router_outputs(model, passes, number, number + 8),
+            **compiled_products(model, work, passes, kind, FORWARD_PRODUCTS),
         },
         {
             "forward": layer_forward(model, work, passes, shared=False),
             "vocabulary": {"vocabulary chunks": vocabulary_chunks(model, passes, kind, LM_BUFFERS)},
+            "storing": {"router logits to be stored": layered},
         },
         {"chunk being written": stored},
     )

@@ -69,8 +69,8 @@ def train_memory(model: ModelSize, work: Workload, kind: str) -> Memory:
     # Final hidden states of student and teacher, those of tokens that count, and their gradient.
     final = 5 * T * D * number
     watched = "router_kl" in work.losses
-    # Logits of both, of the tokens that count, and both softmaxes in float32 for the loss.
-    routers = router_outputs(model, passes, 4 * number + (8 if watched else 0), number + 8)
+    # Logits of both, and both softmaxes in float32 for the loss.
+    routers = router_outputs(model, passes, 2 * number + (8 if watched else 0), number + 8)
     if work.recomputes:
         kept = {"activations": L * T * D * number, "attention": 0}
         again = {"one layer computed again": kept_layer + kept_shared}
@@ -87,7 +87,13 @@ def train_memory(model: ModelSize, work: Workload, kind: str) -> Memory:
     attention_again = kept_scores if work.recomputes else 0
     weights, weights_on_host = _weights(model, work)
     moments = {
-        "forward": {**optimizer.early, **kept, **forward, "attention": kept["attention"] + forward["attention"]},
+        # The last layer has kept nothing yet.
+        "forward": {
+            **optimizer.early,
+            **forward,
+            "activations": kept["activations"] - last,
+            "attention": max(kept["attention"] - kept_scores, 0) + forward["attention"],
+        },
         "vocabulary": {**optimizer.early, **kept, "vocabulary chunks": _loss_chunks(model, work, kind)},
         # On the way back a layer's experts come first; when its attention does, what they had kept is gone.
         "back through experts": {
