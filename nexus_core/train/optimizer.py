@@ -22,7 +22,7 @@ from nexus_core.train.float32_masters import Buffers, Float32Master, Move
 from nexus_core.train.on_demand import OnDemand
 
 # What AdamW keeps of every parameter; a checkpoint may hold others' tensors beside these.
-_ADAM_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
+_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 Part = Literal["shared_experts", "router_weights", "router_biases"]
 
@@ -143,7 +143,8 @@ class Optimizer:
         return OnDemand({name: master.numbers for name, master in self._masters.items()})
 
     def state_tensors(self) -> OnDemand:
-        """Masters and AdamW's state, as `master/NAME`, `step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`.
+        """Masters and AdamW's state, as `master/NAME`, `step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, in one order
+        however they came about.
 
         Masters are copies, each made when it is asked for; the rest is what the next step changes.
         """
@@ -151,7 +152,8 @@ class Optimizer:
             f"master/{name}": master.numbers for name, master in self._masters.items() if not master.is_parameter
         }
         for name, master in self._masters.items():
-            tensors |= {f"{kind}/{name}": partial(master.adam.__getitem__, kind) for kind in master.adam}
+            kinds = [kind for kind in _ADAM_STATE if kind in master.adam]
+            tensors |= {f"{kind}/{name}": partial(master.adam.__getitem__, kind) for kind in kinds}
         return OnDemand(tensors)
 
     def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
