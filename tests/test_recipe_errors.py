@@ -91,9 +91,9 @@ MISTAKES = {
         "got 123; put it in quotes",
     ),
     "text for a claim": (
-        "train: {gradient_checkpointing: 'yes'}",
-        "8:33",
-        "train.gradient_checkpointing",
+        "collect: {expert_norms: 'yes'}",
+        "8:25",
+        "collect.expert_norms",
         "must be true or false, got the text 'yes'; write true without quotes",
     ),
     "list for a section": (

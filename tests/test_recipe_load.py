@@ -65,6 +65,15 @@ def test_learning_every_set_keeps_none(recipe_file):
     assert (recipe.learnt_sets, recipe.kept_sets) == (("domain", "general"), ())
 
 
+def test_activations_are_recomputed_on_a_gpu_unless_the_recipe_says(recipe_file):
+    usual = load_recipe(recipe_file).train
+    assert (usual.recomputes_on("cuda"), usual.recomputes_on("cpu")) == (True, False)
+    assert not usual.recomputes_on("cuda", is_possible=False)
+    for said in (True, False):
+        train = load_recipe(recipe_file, [f"train.gradient_checkpointing={str(said).lower()}"]).train
+        assert [train.recomputes_on(kind, is_possible=False) for kind in ("cuda", "cpu")] == [said, said]
+
+
 def test_resolved_says_every_key_and_reads_back_as_itself(recipe_file):
     settings = resolved(load_recipe(recipe_file))
     assert settings["schema"] == 1

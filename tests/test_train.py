@@ -114,6 +114,13 @@ def test_the_router_stands_still_after_the_schedule_fixes_it(converted, tmp_path
             assert torch.equal(whole_run.get_parameter(name), parameter)
 
 
+def test_a_model_that_cannot_compute_activations_again_is_refused(converted) -> None:
+    model = nexus_core.load(converted, dtype=torch.float32)
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(TrainingError, match="NexusGptOssForCausalLM cannot compute activations again"):
+        recompute_activations(model)
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_accumulated_gradients_are_those_of_one_big_batch(converted, recomputes) -> None:
     def gradients(batch_size: int, accumulation: int, recompute: bool) -> dict[str, torch.Tensor]:

@@ -151,7 +151,7 @@ class Workload:
             losses=frozenset(name for name, weight in train.loss_weights.items() if weight > 0),
             router_learns=router_learns,
             kept_share=_kept_share(recipe),
-            recomputes=train.gradient_checkpointing,
+            recomputes=train.recomputes_on(kind),
             anchors=train.anchor is not None,
             keeps_best=train.evaluate.every is not None,
             teacher=train.teacher.kind,

@@ -204,10 +204,11 @@ def _rehearse(
     report.tokens["train"] = report.tokens["capture"]
     rehearsal = Rehearsal(checkpoint, model, repeated(packed, train.batch_size * (STEPS + 1)), train.batch_size, STEPS)
     width = recipe.convert.width if recipe else None
+    recomputes = train.recomputes_on(next(model.parameters()).device.type)
     stages: Mapping[str, Callable[[], Pace]] = {
         "collect": rehearsal.collect,
         "capture": lambda: rehearsal.capture(train),
-        "train": lambda: rehearsal.train(recomputes=train.gradient_checkpointing, width=width),
+        "train": lambda: rehearsal.train(recomputes=recomputes, width=width),
     }
     for stage, run in stages.items():
         pace = run()

@@ -136,8 +136,10 @@ class Train(Section):
     sequence_length: Annotated[int, Field(ge=8)] = Field(1024, description="Tokens per sequence.")
     batch_size: Count = Field(1, description="Sequences per micro-batch.")
     gradient_accumulation: Count = Field(4, description="Micro-batches per step.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, one more forward pass."
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass: less memory, one more forward pass. `auto` does on a "
+        "GPU, and not on a CPU.",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="A step whose loss or gradient is not finite ends the run, or is left out."
@@ -157,6 +159,12 @@ class Train(Section):
     def loss_weights(self) -> dict[str, float]:
         """The weight of every loss by name."""
         return {name: loss.weight if isinstance(loss, Loss) else loss for name, loss in self.losses.items()}
+
+    def recomputes_on(self, device_type: str, *, is_possible: bool = True) -> bool:
+        """Whether activations are recomputed on a kind of device, "cpu" or "cuda"; is_possible: by the model."""
+        if self.gradient_checkpointing == "auto":
+            return is_possible and device_type != "cpu"
+        return self.gradient_checkpointing
 
     @property
     def loss_parameters(self) -> dict[str, dict[str, Any]]:

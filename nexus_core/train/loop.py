@@ -36,7 +36,13 @@ from nexus_core.train.optimizer import Part
 from nexus_core.train.passes import OnlineTeacher, TeacherSource, find_output_head, refuse_other_head
 from nexus_core.train.schedule import Schedule, StepSettings
 from nexus_core.train.selection_bias import SelectionBiases
-from nexus_core.train.setup import Objective, Trainables, ready_parameters, recompute_activations
+from nexus_core.train.setup import (
+    Objective,
+    Trainables,
+    can_recompute,
+    ready_parameters,
+    recompute_activations,
+)
 
 JOURNAL_NAME = "metrics.jsonl"
 
@@ -116,7 +122,7 @@ def fit(
                 selection_biases,
                 here,
             )
-            if settings.gradient_checkpointing:
+            if settings.recomputes_on(place.type, is_possible=can_recompute(model)):
                 recompute_activations(model)
             run = _Run(engine, trainables, gradients, settings, folder, report, held_out)
             steps, chosen = run.go()

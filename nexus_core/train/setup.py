@@ -113,12 +113,22 @@ def router_parameter_names(model: nn.Module) -> set[str]:
     }
 
 
+def can_recompute(model: Any) -> bool:
+    """Whether the model's layers have transformers' switch for computing activations again."""
+    return bool(getattr(model, "supports_gradient_checkpointing", False))
+
+
 def recompute_activations(model: Any) -> None:
-    """Let the layers compute their activations again in the backward pass.
+    """Let the layers compute their activations again in the backward pass. Raises TrainingError if they cannot.
 
     The model stays in evaluation mode, without dropout; only the layers' own switch is set to training, because
     transformers recomputes in no other mode. Not reentrant: what hooks caught must keep its graph.
     """
+    if not can_recompute(model):
+        raise TrainingError(
+            f"{type(model).__name__} cannot compute activations again: its class does not say "
+            "`supports_gradient_checkpointing = True`; set train.gradient_checkpointing: false"
+        )
     # transformers 5.23 renamed it; both take the same first argument.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
