@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -160,7 +161,9 @@ def test_output_that_nobody_reads_is_no_failure() -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to a full device")
 def test_a_full_disk_is_one_sentence_wherever_it_shows() -> None:
     command = f"{sys.executable} -m nexus_core plugins --json > /dev/full"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    # Where it would not show: Python keeps what is printed until the end, and tries once more then.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=buffered)
     assert done.returncode == 1
     assert done.stderr == "Error: what is printed: the disk is full; free some space and type the same command again\n"
 

@@ -11,9 +11,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import click
 
@@ -78,9 +78,11 @@ def exit_code_of(error: BaseException, debug: bool) -> int:
     Of several processes, only the one that failed first says it.
     """
     if isinstance(error, BrokenPipeError):
-        # Whoever read our stdout has seen enough, as `head` does. Python flushes once more at exit: give it a sink.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our stdout has seen enough, as `head` does.
+        _discard_stdout()
         return 0
+    if _is_disk_full(error) and not error.filename:
+        _discard_stdout()
     if debug and not isinstance(error, click.ClickException):
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, click.exceptions.Exit):
@@ -105,12 +107,22 @@ def sentence(error: BaseException) -> str:
         return error.format_message()
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return "interrupted"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if _is_disk_full(error):
         return (
             f"{error.filename or 'what is printed'}: the disk is full; free some space and type the same command again"
         )
     first_line = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first_line}; this is not expected, run again with --debug to see where it happens"
+
+
+def _is_disk_full(error: BaseException) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
+def _discard_stdout() -> None:
+    # Python flushes once more at exit, and would complain once more: give it a sink.
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_done(as_json: bool, answer: Mapping[str, Any], lines: Callable[[], Iterable[str]]) -> None:
