@@ -6,17 +6,18 @@ import argparse
 import importlib
 import json
 import platform
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from benchmarks.measurement import Measurement
 
 BENCHMARKS = (
     "decode",
@@ -40,38 +41,63 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all if left out")
     parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="where the JSON goes")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:
         parser.error(f"there is no benchmark '{unknown[0]}'; there are {', '.join(BENCHMARKS)}")
     torch.set_num_threads(arguments.threads)
-
+    if arguments.part:
+        arguments.out.write_text(json.dumps(measured(arguments.names[0])))
+        return
     report: dict[str, Any] = {"machine": machine(), "seconds": {}, "failed": {}, "measurements": []}
     for name in arguments.names or BENCHMARKS:
         began = time.perf_counter()
-        try:
-            found = importlib.import_module(f"benchmarks.{name}").run()
-        except Exception as error:  # the others' results are wanted all the same
-            report["failed"][name] = f"{type(error).__name__}: {error}"
-            print(f"\n{name}  failed: {report['failed'][name]}", flush=True)
-            found = []
+        result = in_own_process(name, arguments.threads)
+        if "failed" in result:
+            report["failed"][name] = result["failed"]
+            print(f"\n{name}  failed: {result['failed']}", flush=True)
         report["seconds"][name] = time.perf_counter() - began
-        report["measurements"] += [asdict(measurement) for measurement in found]
-        print("\n".join(rows(found)), flush=True)
+        report["measurements"] += result["measurements"]
+        print("\n".join(rows(result["measurements"])), flush=True)
         # After each, so that a run that is cut short has what it had.
         arguments.out.write_text(json.dumps(report, indent=1))
     print(f"\n{machine()}\n{sum(report['seconds'].values()):,.0f} s; written to {arguments.out}")
     sys.exit(1 if report["failed"] else 0)
 
 
-def rows(measurements: Iterable[Measurement]) -> list[str]:
-    """A heading and one line a subject."""
+def in_own_process(name: str, threads: int) -> dict[str, Any]:
+    """What a benchmark measured: memory that others had freed and the allocator kept would hide what it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "part.json"
+        words = [name, "--part", "--threads", str(threads), "--out", str(out)]
+        ended = subprocess.run([sys.executable, "-m", "benchmarks", *words], check=False).returncode
+        if not out.is_file():
+            return {"failed": f"its process ended with {ended}", "measurements": []}
+        result: dict[str, Any] = json.loads(out.read_text())
+        return result
+
+
+def measured(name: str) -> dict[str, Any]:
+    """Measurements as plain data; with `failed` instead of an error, because the others' results are wanted too."""
+    try:
+        found = importlib.import_module(f"benchmarks.{name}").run()
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}", "measurements": []}
+    return {"measurements": [asdict(measurement) for measurement in found]}
+
+
+def rows(measurements: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A heading for each thing measured, and one line a subject."""
     lines: list[str] = []
+    heading = None
     for measurement in measurements:
-        if not lines:
-            lines += ["", f"{measurement.benchmark}  (ratios to {measurement.against})"]
-        spent = f"{1000 * measurement.seconds:>10.2f} ms {measurement.ratio:>8.2f} x"
-        lines.append(f"  {measurement.subject:<44} {spent}  {measurement.note}")
+        if measurement["benchmark"] != heading:
+            heading = measurement["benchmark"]
+            lines += ["", f"{heading}  (ratios to {measurement['against']})"]
+        spent = f"{1000 * measurement['seconds']:>10.2f} ms {measurement['ratio']:>8.2f} x"
+        lines.append(f"  {measurement['subject']:<44} {spent}  {measurement['note']}".rstrip())
     return lines
 
 
