@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from nexus_core.statistics.listening import listen
 from nexus_core.train.anchor import Anchor
 from nexus_core.train.evaluation import Best, HeldOut
 from nexus_core.train.loop import Trained, fit
+from nexus_core.train.memory import peak_memory_gb
 from nexus_core.train.passes import output_head
 
 CONSTANT = {"kind": "constant"}
@@ -262,3 +265,16 @@ def test_losses_take_parameters_beside_their_weight() -> None:
     # A plain weight is the same as a section of it.
     plain, section = (section_from(Train, {}, [f"losses.lm={value}"]) for value in ("2.0", "{weight: 2.0}"))
     assert plain == section
+
+
+def test_peak_memory_is_the_processs_own_and_not_that_of_who_started_it() -> None:
+    held = torch.ones(200_000_000, dtype=torch.uint8)
+    ours = peak_memory_gb(held.device)
+    code = (
+        "import torch; from nexus_core.train.memory import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')));"
+        "held = torch.ones(100_000_000, dtype=torch.uint8); print(peak_memory_gb(held.device))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert before < ours - 0.2
+    assert 0.09 < after - before < 0.2
