@@ -75,8 +75,8 @@ def test_compiled_decoders_equal_the_table_to_the_bit(
 
 
 def test_numba_decodes_on_several_threads_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    numba_table = pytest.importorskip("nexus_gpt_oss.decoding.numba_table")
-    monkeypatch.setattr(numba_table, "BYTES_PER_THREAD", 64)
+    numba_bits = pytest.importorskip("nexus_gpt_oss.decoding.numba_bits")
+    monkeypatch.setattr(numba_bits, "BYTES_PER_THREAD", 64)
     blocks, scales = random_packed(101, 3)
     expected = decode(blocks, scales)
     threads = torch.get_num_threads()
@@ -98,14 +98,14 @@ def test_without_a_compiler_the_table_decodes_and_says_why(monkeypatch: pytest.M
 
 
 def test_a_decoder_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    numba_table = pytest.importorskip("nexus_gpt_oss.decoding.numba_table")
-    right = numba_table.decode_pairs
+    numba_bits = pytest.importorskip("nexus_gpt_oss.decoding.numba_bits")
+    right = numba_bits.decode_pairs
 
     def wrong(*arguments: Any) -> None:
         right(*arguments)
         arguments[2][7, 7] += 1
 
-    monkeypatch.setattr(numba_table, "decode_pairs", wrong)
+    monkeypatch.setattr(numba_bits, "decode_pairs", wrong)
     blocks, scales = random_packed(128, 64)
     decode(blocks, scales)
     assert execution.in_use()["decode on cpu"] == "torch (not numba: it decodes 1 of 65280 pairs wrongly)"

@@ -1,7 +1,7 @@
 """Ways to turn MXFP4 into numbers, one file each, all equal to the bit; which one is used is chosen by the device.
 
     torch_table   plain torch, everywhere; the others are checked against it before they are used
-    numba_table   CPU, where numba is installed (`pip install nexus-moe[fast]`)
+    numba_bits    CPU, where numba is installed (`pip install nexus-moe[fast]`)
     triton_bits   CUDA, with the Triton that torch's CUDA builds bring
 
 NEXUS_GPT_OSS_DECODE=torch, numba or triton forces one.
@@ -20,7 +20,7 @@ from nexus_gpt_oss.decoding import torch_table
 from nexus_gpt_oss.decoding.format import GROUP_BYTES, MAX_SCALE, PAIR_TYPES
 
 PART = "decode"
-MODULES = {"torch": "torch_table", "numba": "numba_table", "triton": "triton_bits"}
+MODULES = {"torch": "torch_table", "numba": "numba_bits", "triton": "triton_bits"}
 ORDER = {"cpu": ("numba", "torch"), "cuda": ("triton", "torch")}
 
 # Fewer numbers than this, the experts of tiny models, are decoded before a compiler has been imported.
