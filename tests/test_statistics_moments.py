@@ -125,6 +125,13 @@ def test_logits_in_bfloat16_and_masked_experts():
     assert masked.mean()[0, 3] == 0
 
 
+def test_the_router_keeps_its_float64_logits():
+    batch = router(64, 8, 2, 1, dtype=torch.float64)
+    before = batch.logits.clone()
+    RouterStatistics.zeros([0], 8).update(0, batch)
+    assert torch.equal(batch.logits, before)
+
+
 def test_saved_statistics_come_back_the_same(tmp_path):
     statistics = streamed([[router(500, 16, 4, layer)] for layer in range(3)], 16)
     statistics.layers = (1, 3, 5)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nexus_core.errors import ShapeError, UsageError
@@ -105,10 +106,7 @@ class RouterStatistics:
         if mask_T is not None:
             logits_TE, weights_TK, indices_TK = logits_TE[mask_T], weights_TK[mask_T], indices_TK[mask_T]
         self.tokens_per_layer[position] += len(logits_TE)
-        # On CPU in slices, whose float64 copies stay in the cache; a GPU wants all at once.
-        size = SLICE_TOKENS if logits_TE.device.type == "cpu" else max(len(logits_TE), 1)
-        for slice_TE in logits_TE.split(size):
-            self._add_probabilities(position, slice_TE.double())
+        self._add_probabilities(position, logits_TE)
         pairs_TKK = indices_TK[:, :, None] * experts + indices_TK[:, None, :]
         coselection_EE = torch.bincount(pairs_TKK.flatten(), minlength=experts**2).view(experts, experts)
         self.coselection[position] += coselection_EE
@@ -117,10 +115,17 @@ class RouterStatistics:
         self.gate_mass[position].index_add_(0, indices_TK.flatten(), weights_TK.flatten().double())
 
     def _add_probabilities(self, position: int, logits_TE: torch.Tensor) -> None:
-        probabilities_TE = torch.softmax(logits_TE, dim=1)
-        self.probability_sum[position] += probabilities_TE.sum(dim=0)
-        self.second_moment_sum[position] += second_moment(probabilities_TE)
-        self.entropy_sum[position] += entropy_sum(logits_TE, probabilities_TE)
+        upper_EE = torch.zeros_like(self.second_moment_sum[position])
+        # On CPU in slices, whose float64 copies stay in the cache; a GPU wants all at once.
+        size = SLICE_TOKENS if logits_TE.device.type == "cpu" else max(len(logits_TE), 1)
+        for slice_TE in logits_TE.split(size):
+            probabilities_TE, entropy = softmax_and_entropy(slice_TE)
+            upper_EE += second_moment(probabilities_TE)
+            self.entropy_sum[position] += entropy
+        second_moment_EE = upper_EE.triu() + upper_EE.triu(1).T
+        self.second_moment_sum[position] += second_moment_EE
+        # A token's probabilities add up to 1, so the sum over j of p_i p_j is p_i.
+        self.probability_sum[position] += second_moment_EE.sum(dim=1)
 
     def merge(self, other: RouterStatistics) -> RouterStatistics:
         """The statistics of both sets of tokens together. Raises ShapeError if they are of different models."""
@@ -232,8 +237,31 @@ _OPTIONAL = "output_norm_sum"
 _SYMMETRIC = ("second_moment_sum", "coselection")
 
 
+def softmax_and_entropy(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the experts, (T, E) float64, and the sum over tokens of its entropy in nats.
+
+    Entropy is the log of the normaliser minus the mean logit, both relative to the largest logit. An expert that is
+    masked out (logit -inf) has probability 0 and counts as nothing.
+    """
+    shifted_TE = logits_TE.to(torch.float64, copy=True).sub_(logits_TE.amax(dim=1, keepdim=True))
+    probabilities_TE = _exp(shifted_TE)
+    normaliser_T1 = probabilities_TE.sum(dim=1, keepdim=True)
+    probabilities_TE.mul_(normaliser_T1.reciprocal())
+    mean_logit_sum = torch.dot(probabilities_TE.flatten(), shifted_TE.flatten())
+    if mean_logit_sum.isnan():
+        # The smallest finite number instead of -inf: times a probability of 0 it is 0, not NaN.
+        shifted_TE.clamp_(min=torch.finfo(shifted_TE.dtype).min)
+        mean_logit_sum = torch.dot(probabilities_TE.flatten(), shifted_TE.flatten())
+    return probabilities_TE, normaliser_T1.log().sum() - mean_logit_sum
+
+
+def _exp(values: torch.Tensor) -> torch.Tensor:
+    # NumPy's float64 exp takes half the time of torch's on CPU.
+    return torch.from_numpy(np.exp(values.numpy())) if values.device.type == "cpu" else values.exp()
+
+
 def second_moment(probabilities_TE: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of p p^T, (E, E) float64.
+    """Sum over tokens of p p^T, (E, E) float64; only its upper triangle is meant.
 
     On CPU by BLAS's symmetric product, which torch does not offer: half the work, so float64 costs what a float32
     product would, whose rounding (1e-6 of the covariance at 128 experts) is more than PCA should see.
@@ -242,18 +270,5 @@ def second_moment(probabilities_TE: torch.Tensor) -> torch.Tensor:
         return probabilities_TE.T @ probabilities_TE
     from scipy.linalg.blas import dsyrk
 
-    # The transpose of a row-major array is what BLAS takes without a copy. Only the upper triangle is filled in.
-    upper_EE = torch.from_numpy(dsyrk(1.0, probabilities_TE.contiguous().numpy().T)).triu()
-    return upper_EE + upper_EE.triu(1).T
-
-
-def entropy_sum(logits_TE: torch.Tensor, probabilities_TE: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of the softmax's entropy in nats: log of the normaliser minus the mean logit.
-
-    An expert that is masked out (logit -inf) has probability 0 and counts as nothing.
-    """
-    # Of a token's largest entry both logit and probability are known, and so the normaliser, without another exp.
-    log_normaliser_T = logits_TE.amax(dim=1) - probabilities_TE.amax(dim=1).log()
-    # The smallest finite logit instead of -inf: times a probability of 0 it is 0, not NaN.
-    finite_TE = logits_TE.clamp(min=torch.finfo(logits_TE.dtype).min)
-    return log_normaliser_T.sum() - torch.dot(probabilities_TE.flatten(), finite_TE.flatten())
+    # The transpose of a row-major array is what BLAS takes without a copy.
+    return torch.from_numpy(dsyrk(1.0, probabilities_TE.contiguous().numpy().T))
