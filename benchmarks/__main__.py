@@ -23,7 +23,7 @@ BENCHMARKS = (
     "decode",
     "packed_experts",
     "attention",
-    "loading",
+    "layers",
     "statistics",
     "collecting",
     "sampling",

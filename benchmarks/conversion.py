@@ -46,13 +46,13 @@ def run() -> list[Measurement]:
         synthetic.write(folder / "base", synthetic.config("120b", layers=1) | {"vocab_size": VOCABULARY})
         checkpoint = open_checkpoint(folder / "base")
         out = folder / "converted"
-        saliency = _write_saliency(folder, checkpoint.description)
+        saliency = write_saliency(folder, checkpoint.description)
 
         def converting(settings: Convert) -> Callable[[], None]:
             def nexus() -> None:
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir()
-                convert(checkpoint, _selection(checkpoint), settings, out, neuron_saliency=saliency)
+                convert(checkpoint, first_experts(checkpoint), settings, out, neuron_saliency=saliency)
 
             return nexus
 
@@ -88,21 +88,25 @@ def run() -> list[Measurement]:
     ]
 
 
-def _selection(checkpoint: Checkpoint) -> Selection:
+def first_experts(checkpoint: Checkpoint) -> Selection:
+    """The same experts of every layer; which ones makes no difference to what it costs."""
     experts = checkpoint.description.experts
-    layer = LayerSelection(
-        layer=0,
-        experts=tuple(range(CHOSEN)),
-        importance=(1 / experts,) * experts,
-        explained_variance=(),
-        top_share={"4": 4 / experts},
-        pattern="even",
-        recommended_top_k=CHOSEN,
+    layers = tuple(
+        LayerSelection(
+            layer=layer,
+            experts=tuple(range(CHOSEN)),
+            importance=(1 / experts,) * experts,
+            explained_variance=(),
+            top_share={"4": 4 / experts},
+            pattern="even",
+            recommended_top_k=CHOSEN,
+        )
+        for layer in checkpoint.description.layers
     )
-    return Selection(strategy="pca", top_k=CHOSEN, layers=(layer,))
+    return Selection(strategy="pca", top_k=CHOSEN, layers=layers)
 
 
-def _write_saliency(folder: Path, moe: MoeDescription) -> Path:
+def write_saliency(folder: Path, moe: MoeDescription) -> Path:
     """Of neurons that differ as much as real ones: a few matter many times as much as the median."""
     saliency = NeuronSaliency.zeros(moe.layers, ["domain"], moe.experts, moe.expert_width)
     saliency.tokens += 1

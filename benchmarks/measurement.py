@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import threading
@@ -66,7 +67,7 @@ def compared(
 class AnonymousMemory:
     """Peak anonymous memory of this process while the context lasts, above what it was at its start, in bytes.
 
-    Sampled from /proc (Linux). Mapped file pages don't count: they are the page cache's, not the program's.
+    Sampled from /proc (Linux, glibc). Mapped file pages don't count: they are the page cache's, not the program's.
     """
 
     def __init__(self, interval_seconds: float = 0.002):
@@ -76,6 +77,8 @@ class AnonymousMemory:
 
     def __enter__(self) -> AnonymousMemory:
         gc.collect()
+        # What was freed before and the allocator kept would be used again without being seen.
+        ctypes.CDLL(None).malloc_trim(0)
         self._start_bytes = anonymous_bytes()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
