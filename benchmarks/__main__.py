@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all if left out")
     parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="where the JSON goes")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch, BLAS and OpenMP")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
@@ -71,7 +72,10 @@ def in_own_process(name: str, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "part.json"
         words = [name, "--part", "--threads", str(threads), "--out", str(out)]
-        ended = subprocess.run([sys.executable, "-m", "benchmarks", *words], check=False).returncode
+        # What is compared with has its threads from BLAS and OpenMP.
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        command = [sys.executable, "-m", "benchmarks", *words]
+        ended = subprocess.run(command, env=environment, check=False).returncode
         if not out.is_file():
             return {"failed": f"its process ended with {ended}", "measurements": []}
         result: dict[str, Any] = json.loads(out.read_text())

@@ -5,7 +5,7 @@ Writes a random layer of 1.7 GB into a temporary folder (TMPDIR chooses where).
 
 from __future__ import annotations
 
-import shutil
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,12 +45,12 @@ def run() -> list[Measurement]:
         folder = Path(name)
         synthetic.write(folder / "base", synthetic.config("120b", layers=1) | {"vocab_size": VOCABULARY})
         checkpoint = open_checkpoint(folder / "base")
-        out = folder / "converted"
+        outputs = (folder / f"converted_{number}" for number in itertools.count())
         saliency = write_saliency(folder, checkpoint.description)
 
         def converting(settings: Convert) -> Callable[[], None]:
             def nexus() -> None:
-                shutil.rmtree(out, ignore_errors=True)
+                out = next(outputs)
                 out.mkdir()
                 convert(checkpoint, first_experts(checkpoint), settings, out, neuron_saliency=saliency)
 

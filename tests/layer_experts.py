@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from nexus_core.merge import STRATEGIES, LayerExperts, expert_output
+from nexus_core.merge.experts import Rows
 from nexus_core.select import LayerSelection
 from nexus_core.statistics.saliency import LayerSaliency
 from nexus_core.types import ExpertWeights, Strategy
@@ -40,10 +41,11 @@ def layer_experts(
 ) -> LayerExperts:
     """tiled: read by rows, as families that can; the answers must not differ."""
 
-    def read_rows(expert: int, projection: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read_rows(expert: int, projection: str, rows: slice, dtype: torch.dtype | None) -> Rows:
         weights = read(expert)
         bias = getattr(weights, f"{projection}_bias")
-        return getattr(weights, projection)[rows], None if bias is None else bias[rows]
+        found = getattr(weights, projection)[rows], None if bias is None else bias[rows]
+        return found if dtype is None else tuple(None if part is None else part.to(dtype) for part in found)
 
     return LayerExperts(
         count=EXPERTS,

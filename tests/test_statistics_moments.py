@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nexus_core.errors import ShapeError, UsageError
+from nexus_core.statistics import moments
 from nexus_core.statistics.moments import RouterStatistics
 from nexus_core.types import RouterOutput
 
@@ -170,3 +171,27 @@ def test_unusable_files_and_uses_are_refused(tmp_path):
     statistics.update(0, router(4, 8, 2, 0))
     with pytest.raises(ShapeError, match=r"different numbers of tokens: \[4, 0\]"):
         statistics.mean()
+
+
+def test_small_products_are_not_shared_out_between_threads(monkeypatch):
+    """Two threads of OpenBLAS take several times as long over them as one."""
+    from threadpoolctl import threadpool_info
+
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    during: list[int] = []
+    product = moments.second_moment
+
+    def watched(probabilities_TE: torch.Tensor) -> torch.Tensor:
+        during.extend(threads())
+        return product(probabilities_TE)
+
+    statistics = RouterStatistics.zeros([0], 8)
+    statistics.update(0, router(64, 8, 2, 0))  # loads what there is to be limited
+    before = threads()
+    monkeypatch.setattr(moments, "second_moment", watched)
+    statistics.update(0, router(64, 8, 2, 1))
+    assert during
+    assert set(during) == {1}
+    assert threads() == before

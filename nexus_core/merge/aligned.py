@@ -118,12 +118,12 @@ class Reordered:
         # The rows of gate and up come from all over the matrix, so it is read once and whole.
         return self._experts.tiles("down") if projection == "down" else [slice(0, self._experts.width)]
 
-    def rows(self, expert: int, projection: Projection, rows: slice) -> Rows:
+    def rows(self, expert: int, projection: Projection, rows: slice, dtype: torch.dtype) -> Rows:
         order_F = self._orders.get(expert)
         if projection == "down":
-            matrix, bias = self._experts.rows(expert, projection, rows)
+            matrix, bias = self._experts.rows(expert, projection, rows, dtype)
             return (matrix if order_F is None else matrix[:, order_F]), bias
-        return self._experts.matrix(expert, projection, order=order_F)
+        return self._experts.matrix(expert, projection, dtype, order_F)
 
 
 def refuse(request: MergeRequest, parameters: AlignedParameters) -> Refusal | None:

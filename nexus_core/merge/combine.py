@@ -21,7 +21,7 @@ class RowSource(Protocol):
 
     def tiles(self, projection: Projection) -> Iterable[slice]: ...
 
-    def rows(self, expert: int, projection: Projection, rows: slice) -> Rows: ...
+    def rows(self, expert: int, projection: Projection, rows: slice, dtype: torch.dtype) -> Rows: ...
 
 
 def combine(
@@ -84,7 +84,8 @@ def _average(source: RowSource, shares: Mapping[int, float], projection: Project
     summed: Rows | None = None
     for expert, share in shares.items():
         # As above: what is read goes before the next is.
-        summed = _added(summed, source.rows(expert, projection, tile), share)
+        # Read in float32, which is quicker than to add bfloat16 to it.
+        summed = _added(summed, source.rows(expert, projection, tile, torch.float32), share)
     assert summed is not None
     matrix, bias = summed
     return matrix.div_(total), None if bias is None else bias.div_(total)
@@ -92,7 +93,7 @@ def _average(source: RowSource, shares: Mapping[int, float], projection: Project
 
 def _added(summed: Rows | None, rows: Rows, share: float) -> Rows:
     if summed is None:
-        return rows[0].float() * share, None if rows[1] is None else rows[1].float() * share
+        return rows[0] * share, None if rows[1] is None else rows[1] * share
     for total, part in zip(summed, rows, strict=True):
         if total is not None and part is not None:
             total.add_(part, alpha=share)

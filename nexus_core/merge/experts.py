@@ -34,9 +34,9 @@ class LayerExperts:
     """The E routed experts of one layer. Called with an index it gives that expert whole, anew at every call.
 
     width: F. dtype: what the merged expert is made in. read: one expert. read_rows: some rows of one matrix and its
-    bias, where the family can (see `nexus_read_expert_rows`); without it every tile is a whole matrix.
-    activations: the family's own, of gate and up (T, F). inputs_ND: what went into the layer, kept by collect.
-    saliency: of its neurons, if the strategy's `needs` names it.
+    bias, in a type if one is given, where the family can (see `nexus_read_expert_rows`); without it every tile is a
+    whole matrix. activations: the family's own, of gate and up (T, F). inputs_ND: what went into the layer, kept by
+    collect. saliency: of its neurons, if the strategy's `needs` names it.
     """
 
     count: int
@@ -46,7 +46,7 @@ class LayerExperts:
     dtype: torch.dtype
     read: Callable[[int], ExpertWeights]
     activations: NeuronActivations
-    read_rows: Callable[[int, Projection, slice], Rows] | None = None
+    read_rows: Callable[[int, Projection, slice, torch.dtype | None], Rows] | None = None
     inputs_ND: torch.Tensor | None = None
     saliency: LayerSaliency | None = None
 
@@ -64,13 +64,14 @@ class LayerExperts:
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 
-    def rows(self, expert: int, projection: Projection, rows: slice) -> Rows:
-        """Some rows of an expert's matrix, and of its bias."""
+    def rows(self, expert: int, projection: Projection, rows: slice, dtype: torch.dtype | None = None) -> Rows:
+        """Some rows of an expert's matrix, and of its bias. dtype: as they are read if left out."""
         if self.read_rows:
-            return self.read_rows(expert, projection, rows)
+            return self.read_rows(expert, projection, rows, dtype)
         weights = self.read(expert)
         bias = getattr(weights, f"{projection}_bias")
-        return getattr(weights, projection)[rows], None if bias is None else bias[rows]
+        found: Rows = getattr(weights, projection)[rows], None if bias is None else bias[rows]
+        return found if dtype is None else (found[0].to(dtype), None if found[1] is None else found[1].to(dtype))
 
     def matrix(
         self,

@@ -39,14 +39,14 @@ class MergeSources:
 
     def layer(self, layer: int) -> LayerExperts:
         """A layer's experts, as a merge strategy gets them; only the layer's kept inputs and saliency are read."""
+        # Read in the checkpoint's own type, which 4-bit numbers and bfloat16 both fit, unless another is asked for.
         source, moe = self.checkpoint, self.checkpoint.description
         hook, reader, config = source.family.hook, source.reader, source.config
 
         def read(expert: int) -> ExpertWeights:
-            # In the checkpoint's own type: 4-bit numbers and bfloat16 both fit it.
             return hook.nexus_read_expert(reader=reader, config=config, layer=layer, expert=expert, dtype=source.dtype)
 
-        def read_rows(expert: int, projection: Projection, rows: slice) -> Rows:
+        def read_rows(expert: int, projection: Projection, rows: slice, dtype: torch.dtype | None) -> Rows:
             answer: Rows = hook.nexus_read_expert_rows(
                 reader=reader,
                 config=config,
@@ -54,7 +54,7 @@ class MergeSources:
                 expert=expert,
                 projection=projection,
                 rows=rows,
-                dtype=source.dtype,
+                dtype=dtype or source.dtype,
             )
             return answer
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +118,15 @@ class RouterStatistics:
 
     def _add_probabilities(self, position: int, logits_TE: torch.Tensor) -> None:
         upper_EE = torch.zeros_like(self.second_moment_sum[position])
+        on_cpu = logits_TE.device.type == "cpu"
         # On CPU in slices, whose float64 copies stay in the cache; a GPU wants all at once.
-        size = SLICE_TOKENS if logits_TE.device.type == "cpu" else max(len(logits_TE), 1)
-        for slice_TE in logits_TE.split(size):
-            probabilities_TE, entropy = softmax_and_entropy(slice_TE)
-            upper_EE += second_moment(probabilities_TE)
-            self.entropy_sum[position] += entropy
+        size = SLICE_TOKENS if on_cpu else max(len(logits_TE), 1)
+        # Products as small as a slice's take several threads of OpenBLAS two to ten times as long as one.
+        with _blas().limit(limits=1) if on_cpu else nullcontext():
+            for slice_TE in logits_TE.split(size):
+                probabilities_TE, entropy = softmax_and_entropy(slice_TE)
+                upper_EE += second_moment(probabilities_TE)
+                self.entropy_sum[position] += entropy
         second_moment_EE = upper_EE.triu() + upper_EE.triu(1).T
         self.second_moment_sum[position] += second_moment_EE
         # A token's probabilities add up to 1, so the sum over j of p_i p_j is p_i.
@@ -258,6 +263,15 @@ def softmax_and_entropy(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def _exp(values: torch.Tensor) -> torch.Tensor:
     # NumPy's float64 exp takes half the time of torch's on CPU.
     return torch.from_numpy(np.exp(values.numpy())) if values.device.type == "cpu" else values.exp()
+
+
+@cache
+def _blas() -> Any:
+    # Finding the libraries takes milliseconds, limiting their threads microseconds.
+    import scipy.linalg.blas  # noqa: F401 (only what is loaded is found)
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
 
 
 def second_moment(probabilities_TE: torch.Tensor) -> torch.Tensor:
