@@ -3,8 +3,9 @@
     python -m benchmarks.gpu --shape 20b --shape 120b --time-limit 540 --out report
     python -m benchmarks.gpu --shape tiny                 # the same on a CPU, in seconds: nothing here is untried
 
-Writes report.json after every step, and report.md beside it. What does not fit the memory or the time is in the report
-as that. Needs the repository and torch only; the models are random (`nexus_gpt_oss.synthetic`).
+Writes report.json after every step, and report.md beside it. What fails, or does not fit the memory or the time, is in
+the report as that; each of several shapes runs in a process of its own. Needs no weights and no network: the models are
+random (`nexus_gpt_oss.synthetic`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nexus_gpt_oss import execution, mxfp4, synthetic
 from nexus_gpt_oss.experts import PackedExperts
 from torch.nn import functional
 
-from benchmarks.journey import Journey
+from benchmarks.journey import Journey, run_tests
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.errors import is_out_of_memory
 from nexus_core.estimate import Workload, estimate_stages
@@ -39,8 +40,6 @@ from nexus_core.plugins import installed
 from nexus_core.recipe.schema import Convert, Recipe
 from nexus_core.select.selection import LayerSelection, Selection
 from nexus_core.stages.convert import convert
-
-ROOT = Path(__file__).parents[1]
 
 # Tokens of a micro-step, and of one sequence, where the shape is a real one.
 MICRO_STEPS = (1_024, 4_096, 8_192, 16_384)
@@ -66,7 +65,7 @@ def seconds_of(run: Callable[[], Any], device: str, rounds: int = ROUNDS) -> flo
 
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -150,8 +149,13 @@ def packed_experts(experts: PackedExperts, tokens: int, experts_per_token: int, 
     return found
 
 
-def paced(pace: Pace) -> dict[str, Any]:
-    return {"tokens_per_second": pace.tokens_per_second, "peak_gb": pace.peak_bytes / 1e9}
+def paced(pace: Pace, estimate: Callable[[], dict[str, Any]] = dict) -> dict[str, Any]:
+    """What was measured, and beside it what was estimated, if that can be."""
+    found: dict[str, Any] = {"tokens_per_second": pace.tokens_per_second, "peak_gb": pace.peak_bytes / 1e9}
+    try:
+        return found | estimate()
+    except Exception as error:  # an estimate must not cost a measurement
+        return found | {"estimate_failed": f"{type(error).__name__}: {error}"}
 
 
 def estimated(checkpoint: Checkpoint, device: str, stage: str, batch: int, length: int) -> dict[str, Any]:
@@ -222,31 +226,25 @@ def travel(journey: Journey, shape: str, layers: int | None) -> None:
 
     # The middle size first: if the time ends here, the most telling number is there.
     ordered = sorted(sizes, key=lambda tokens: (tokens != sizes[len(sizes) // 2], tokens))
+
+    def estimate(stage: str, tokens: int) -> Callable[[], dict[str, Any]]:
+        return lambda: estimated(checkpoint, device, stage, tokens // length, length)
+
     for tokens in ordered:
-        shared = estimated(checkpoint, device, "collect", tokens // length, length)
         journey.step(
             f"{shape}: collect, {tokens:,} tokens a batch",
-            lambda tokens=tokens, shared=shared: paced(rehearsal(tokens).collect()) | shared,
+            lambda tokens=tokens: paced(rehearsal(tokens).collect(), estimate("collect", tokens)),
             least_seconds=15.0,
         )
     for tokens in ordered:
-        shared = estimated(checkpoint, device, "train", tokens // length, length)
         journey.step(
             f"{shape}: train, {tokens:,} tokens a micro-step",
-            lambda tokens=tokens, shared=shared: paced(rehearsal(tokens).train(recomputes=True)) | shared,
+            lambda tokens=tokens: paced(rehearsal(tokens).train(recomputes=True), estimate("train", tokens)),
             least_seconds=20.0,
         )
     tokens = sizes[len(sizes) // 2]
     journey.step(f"{shape}: capture, {tokens:,} tokens a batch", lambda: paced(rehearsal(tokens).capture()))
     journey.step(f"{shape}: backends", lambda: dict(execution.in_use()), least_seconds=0.0)
-
-
-def run_tests() -> dict[str, Any]:
-    """The tests that need a GPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    return {"exit_code": done.returncode, "said": (done.stdout.strip().splitlines() or [""])[-1]}
 
 
 def main(given: list[str] | None = None) -> None:
@@ -255,21 +253,42 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--time-limit", type=float, default=1800.0, metavar="SECONDS")
-    parser.add_argument("--tests", action="store_true", help="run the tests marked gpu first")
+    parser.add_argument("--tests", action="store_true", help="the tests marked gpu too, in the time that is left")
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="name of the report, without its ending")
+    parser.add_argument("--append", action="store_true", help="go on with the report that is there")
     arguments = parser.parse_args(given)
 
-    journey = Journey(arguments.device, arguments.out, arguments.time_limit)
-    if arguments.tests:
-        journey.step("tests marked gpu", run_tests)
+    out, device = arguments.out, arguments.device
+    if not arguments.append:
+        out.with_suffix(".json").unlink(missing_ok=True)
+    journey = Journey.going_on(device, out, arguments.time_limit)
     shapes = arguments.shape or ["20b", "120b"]
-    rows = 8192 if arguments.device.startswith("cuda") else 512
-    journey.step("the device itself", lambda: bare_device(arguments.device, rows))
-    for shape in shapes:
-        travel(journey, shape, arguments.layers)
-        if arguments.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-    print(f"\n{arguments.out.with_suffix('.json')}, {arguments.out.with_suffix('.md')}")
+    if not journey.rows:
+        rows = 8192 if device.startswith("cuda") else 512
+        journey.step("the device itself", lambda: bare_device(device, rows))
+    if len(shapes) == 1:
+        travel(journey, shapes[0], arguments.layers)
+    else:
+        for shape in shapes:
+            journey = _in_a_process(journey, shape, arguments.layers)
+    if arguments.tests:
+        journey.step("tests marked gpu", lambda: run_tests(journey.left), least_seconds=30.0)
+    print(f"\n{out.with_suffix('.json')}, {out.with_suffix('.md')}")
+
+
+def _in_a_process(journey: Journey, shape: str, layers: int | None) -> Journey:
+    """All steps of one shape in a process of its own: after some errors a GPU does nothing more for the one that made
+    them. Returns the journey from there on.
+    """
+    command = [sys.executable, "-m", "benchmarks.gpu", "--append", "--shape", shape, "--device", journey.device]
+    command += ["--time-limit", str(journey.left), "--out", str(journey.out)]
+    code = subprocess.run(command + (["--layers", str(layers)] if layers else [])).returncode
+    after = Journey.going_on(journey.device, journey.out, journey.time_limit)
+    after.began = journey.began
+    after.save()  # what it was measured by is the whole command
+    if code:
+        after.add({"step": f"{shape}: its process", "failed": f"it ended with exit code {code}"})
+    return after
 
 
 if __name__ == "__main__":

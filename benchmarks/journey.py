@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import torch
 
 from benchmarks.__main__ import machine
 from nexus_core.errors import is_out_of_memory
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -26,6 +31,13 @@ class Journey:
     time_limit: float
     rows: list[dict[str, Any]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def going_on(cls, device: str, out: Path, time_limit: float) -> Journey:
+        """After the steps that the report has by now."""
+        report = out.with_suffix(".json")
+        rows = json.loads(report.read_text())["steps"] if report.is_file() else []
+        return cls(device, out, time_limit, rows)
 
     @property
     def left(self) -> float:
@@ -42,14 +54,24 @@ class Journey:
                 row |= run()
             except Exception as error:  # one step must not cost the others' results
                 row["failed"] = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-            gc.collect()
-            if self.device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            self.free_memory()
         row["wall_seconds"] = time.monotonic() - started
+        return self.add(row)
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Put a result into the report."""
         self.rows.append(row)
         print(line(row), flush=True)
         self.save()
         return row
+
+    def free_memory(self) -> None:
+        """Give back what no tensor holds."""
+        gc.collect()
+        if self.device.startswith("cuda"):
+            # After some errors a GPU does nothing more for this process, and says so here.
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
     def save(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +80,25 @@ class Journey:
         partial.write_text(json.dumps(report, indent=1))
         partial.replace(self.out.with_suffix(".json"))
         self.out.with_suffix(".md").write_text(markdown(report))
+
+
+def run_tests(seconds: float, chosen: tuple[str, ...] = ("-m", "gpu", "tests")) -> dict[str, Any]:
+    """The tests that need a GPU, as far as they come in so many seconds, and which of them failed."""
+    # A module that needs a package that is not there must not keep the others' tests from running.
+    command = [sys.executable, "-m", "pytest", "-vv", "--continue-on-collection-errors", *chosen]
+    with tempfile.TemporaryFile("w+") as output:
+        ended: dict[str, Any]
+        try:
+            done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds)
+            ended = {"exit_code": done.returncode}
+        except subprocess.TimeoutExpired:
+            ended = {"stopped_after": seconds}
+        output.seek(0)
+        said = output.read().strip().splitlines() or [""]
+    results = [line.split(" ")[:2] for line in said if "::" in line]
+    passed = sum(result[1:] == ["PASSED"] for result in results)
+    failed = [name for name, *result in results if result in (["FAILED"], ["ERROR"])]
+    return ended | {"passed": passed, "failed_tests": failed, "said": said[-1]}
 
 
 def about(device: str) -> dict[str, Any]:

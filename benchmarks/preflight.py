@@ -24,7 +24,6 @@ from benchmarks.measurement import AnonymousMemory, Measurement
 
 STAGES = ("generate", "collect", "convert", "capture", "train", "validate")
 ROOT = Path(__file__).parents[1]
-EMBEDDED_TOKENIZER = ROOT / "plugins" / "nexus_gpt_oss" / "embedded" / "tiny-gpt-oss"
 
 # glibc keeps freed blocks below a size for the next request, a size it raises as it goes to 32 MB: tensors of a small
 # model then hold up to twice what they need, of a large one nothing more. So that tensors are measured and not that,

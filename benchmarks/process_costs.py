@@ -31,11 +31,11 @@ class StepCost:
     peak_bytes: float
 
 
-def costs(sharing: tuple[tuple[int, int | None], ...] = SHARING) -> dict[tuple[int, int | None], StepCost]:
+def costs() -> dict[tuple[int, int | None], StepCost]:
     """By processes and ZeRO stage; the same steps of the same recipe."""
     with tempfile.TemporaryDirectory() as store:
         _run(store, {}, until="convert")
-        return {(processes, stage): _cost(store, processes, stage) for processes, stage in sharing}
+        return {(processes, stage): _cost(store, processes, stage) for processes, stage in SHARING}
 
 
 def _cost(store: str, processes: int, stage: int | None) -> StepCost:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from nexus_core.errors import UsageError
 from nexus_core.types import ExpertWeights
 
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -80,6 +82,18 @@ class RouterDelta(Addition):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return functional.linear(hidden_states, self.weight, self.bias)
+
+
+def refuse_unless_attachable(config: Any, width: int) -> None:
+    """For a model's `attach_shared_expert`: raises UsageError if width is not positive, or if the model has shared
+    experts already, as its config says (`shared_expert_width`, 0 for none).
+    """
+    if width < 1:
+        raise UsageError(f"a shared expert of width {width}: it must have at least one neuron")
+    if config.shared_expert_width:
+        raise UsageError(
+            f"this model already has shared experts, of width {config.shared_expert_width}; give the untouched base"
+        )
 
 
 def additions(model: nn.Module) -> list[Addition]:

@@ -40,11 +40,12 @@ def nexus_backends() -> dict[str, str]:
 def nexus_load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    from nexus_core.families.strict import refuse_unless_whole
+    from nexus_core.families.strict import refuse_unless_whole, refuse_whole_numbers
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     model, info = loaded
     refuse_unless_whole(str(folder), info)
+    refuse_whole_numbers(model, folder)
     return model.to(device).eval()
 
 

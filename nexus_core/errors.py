@@ -83,8 +83,17 @@ def suggestion(given: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
+# As torch has it for a CPU, the driver, cuBLAS and Triton.
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU."""
-    # torch has a class of its own for GPUs only; on a CPU it is its allocator's RuntimeError.
-    is_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    # torch has a class of its own only for what it allocates on a GPU itself; all others are RuntimeErrors.
+    is_torch = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _NO_MEMORY)
     return is_torch or isinstance(error, MemoryError)

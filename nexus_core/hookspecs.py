@@ -153,7 +153,7 @@ def nexus_number_fault(config: Mapping[str, Any], name: str, tensor: torch.Tenso
 def nexus_backends() -> Mapping[str, str] | None:
     """Which implementation has done which part of the work in this process, e.g. {"decode on cpu": "numba"}.
 
-    Called by `nexus doctor` after it has run the model. Default: nothing to tell.
+    Called after every stage of a run, and by `nexus doctor` after it has run the model. Default: nothing to tell.
     """
 
 

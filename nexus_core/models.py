@@ -76,7 +76,7 @@ def choose_device(name: str) -> str:
             f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
             "give `auto` or `cpu`, or start no more processes than there are GPUs"
         )
-    if device.type == "cuda" and not world().alone:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # what libraries mean by the current one
     return name
 

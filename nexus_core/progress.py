@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -21,20 +21,18 @@ def silence() -> None:
 class Progress:
     """Counts work and says now and then how far it is: `collect  41%  4,096/10,000 tokens  8,120/s  0:01 left`.
 
-    A terminal gets one line that is rewritten; anything else a line every `interval_seconds`. Work that ends within
+    A terminal gets one line that is rewritten; anything else a line every five seconds. Work that ends within
     a second prints nothing but the closing line.
     """
 
-    def __init__(
-        self, label: str, total: int, unit: str, *, stream: TextIO | None = None, interval_seconds: float = 5.0
-    ):
+    def __init__(self, label: str, total: int, unit: str):
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
-        self.stream = stream or sys.stderr
+        self.stream = sys.stderr
         self._started = time.monotonic()
         self._first_done = 0
         self._is_terminal = self.stream.isatty()
-        self._interval_seconds = 0.2 if self._is_terminal else interval_seconds
+        self._interval_seconds = 0.2 if self._is_terminal else 5.0
         self._last = self._started
         self.note = ""
 

@@ -206,7 +206,7 @@ class RunDescription:
     """One `nexus run`, as observers see it.
 
     settings: the resolved recipe as plain data. source: the recipe's own text. execution: what never enters a key
-    (store, tracking, device, processes, versions).
+    (store, tracking, device, processes, versions, the state of the recipe's repository).
     """
 
     recipe: str

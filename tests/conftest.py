@@ -8,6 +8,8 @@ import os
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZERS_PARALLELISM="false"
 )
+# Without it torch refuses products on a GPU where deterministic algorithms are asked for; it looks once, at the first.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Threads that spin at barriers stand in each other's way; see nexus_core/cli/output.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.pop("MLFLOW_TRACKING_URI", None)

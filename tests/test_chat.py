@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import call
 from gpt_oss_checkpoints import write_tiny_checkpoint
 from nexus_gpt_oss.harmony import reply_parts
 
 import nexus_core
 from nexus_core.checkpoint.source import open_checkpoint
-from nexus_core.cli import main
 from nexus_core.cli.conversation import Conversation
 from nexus_core.data.tokenizers import load_tokenizer
 from nexus_core.errors import UsageError
@@ -126,19 +126,14 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path, capsys: py
     folder = write_tiny_checkpoint(tmp_path / "base", vocabulary=300, tokenizer=True)
     (folder / "chat_template.jinja").unlink()
 
-    with pytest.raises(SystemExit) as caught:
-        main(["chat", str(folder)])
-
-    assert caught.value.code == 2
+    assert call("chat", folder) == 2
     assert "no chat template" in capsys.readouterr().err
 
 
 def pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, *arguments: object) -> str:
     """What `nexus chat` prints for lines on its standard input."""
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    with pytest.raises(SystemExit) as caught:
-        main(["chat", *(str(argument) for argument in arguments), "--max-new-tokens", "6"])
-    assert caught.value.code == 0
+    assert call("chat", *arguments, "--max-new-tokens", 6) == 0
     return capsys.readouterr().out
 
 
@@ -151,6 +146,16 @@ def test_over_a_pipe_every_line_is_a_turn_and_the_same_lines_give_the_same_answe
     answers = [talk.ask(text, lambda *_: None).answer for text in ("hello", "and?")]
     assert once == f"{answers[0]}\n\n{answers[1]}\n"
     assert pipe(monkeypatch, capsys, "hello\nand?\n/quit\nnever\n", folder) == once
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_not_utf8_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], errors: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+
+    assert call("chat", folder) == 2
+    assert "Error: standard input: is not UTF-8 text; save it as UTF-8" in capsys.readouterr().err
 
 
 def test_the_base_of_a_converted_model_answers_as_the_base(

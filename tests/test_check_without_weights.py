@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import call
 from gpt_oss_checkpoints import write_tiny_checkpoint
 
 from nexus_core.checkpoint.source import open_checkpoint
-from nexus_core.cli import main
 from nexus_core.errors import CheckpointError, PluginError
 from nexus_core.pipeline import preflight
 
@@ -72,13 +72,6 @@ def written(folder: Path, model: str, *more: str) -> str:
     file = folder / "recipe.yaml"
     file.write_text(RECIPE.format(model=model, store=folder / "runs") + "\n".join(more))
     return str(file)
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(arguments))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

@@ -153,6 +153,10 @@ def test_explain_gives_reasons(folder: Path, capsys: pytest.CaptureFixture[str])
     assert answer["stages"]["train"]["compared_with"].startswith("runs/train/")
 
 
+def said_of(result: RunResult, *, is_tracked: bool = True) -> list[str]:
+    return [line.rstrip() for line in click.unstyle(summary(result, is_tracked=is_tracked)).splitlines()]
+
+
 def test_the_summary_says_what_was_gained_and_forgotten(folder: Path) -> None:
     recipe = fake_pipeline.recipe(folder, run__tracking__enabled="true", run__store="runs")
     metrics = {
@@ -170,7 +174,9 @@ def test_the_summary_says_what_was_gained_and_forgotten(folder: Path) -> None:
         StageOutcome("train", "k", Path("runs/train/k"), False, 62.0, {}),
         StageOutcome("validate", "k", Path("runs/validate/k"), True, 1.0, metrics),
     )
-    lines = [line.rstrip() for line in click.unstyle(summary(RunResult(recipe, outcomes))).splitlines()]
+    lines = [
+        line.rstrip() for line in click.unstyle(summary(RunResult(recipe, outcomes), is_tracked=True)).splitlines()
+    ]
     assert "fake  1 stage in 1:02, 1 reused" in lines
     assert "domain              20          15  -25.0%   learnt" in lines
     assert "general             12       12.12  +1.0%    kept" in lines
@@ -180,11 +186,21 @@ def test_the_summary_says_what_was_gained_and_forgotten(folder: Path) -> None:
     )
     assert any(line.startswith("MLflow   mlflow ui --backend-store-uri sqlite:") for line in lines)
     assert "  nexus chat runs/train/k/model" in lines
+    assert lines[-1] == "  nexus compare --store runs"
+    elsewhere = fake_pipeline.recipe(folder, run__tracking__enabled="true", run__tracking__uri="http://host:5000")
+    lines = [
+        line.rstrip() for line in click.unstyle(summary(RunResult(elsewhere, outcomes), is_tracked=True)).splitlines()
+    ]
+    assert "MLflow   http://host:5000" in lines
+    assert lines[-1] == "  nexus compare --uri http://host:5000"
+    untracked = "\n".join(said_of(RunResult(elsewhere, outcomes), is_tracked=False))
+    assert "MLflow" not in untracked
+    assert "nexus compare" not in untracked
 
 
 def test_the_summary_of_a_short_run_says_where_its_output_lies(folder: Path) -> None:
     outcome = StageOutcome("collect", "k", Path("runs/collect/k"), False, 3.0, {})
-    said = click.unstyle(summary(RunResult(fake_pipeline.recipe(folder), (outcome,))))
+    said = "\n".join(said_of(RunResult(fake_pipeline.recipe(folder), (outcome,)), is_tracked=False))
     assert "1 stage in 0:03" in said
     assert "output   " in said
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from collected_text import write_sets
 from gpt_oss_checkpoints import write_tiny_checkpoint
 from safetensors.torch import load_file
 
@@ -31,11 +32,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("domain", "general"):
-        lines = [json.dumps({"text": f"{name} text number {number}, " * (1 + number % 4)}) for number in range(60)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    return {name: [Source(path=str(folder / f"{name}.jsonl"))] for name in ("domain", "general")}
+    return write_sets(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +247,14 @@ def test_devices_and_types():
         choose_device("cuda:99")
     with pytest.raises(NexusError, match="compute type 'float8' is not known"):
         compute_dtype("float8", "cpu")
+
+
+def test_a_gpu_chosen_by_number_is_the_one_that_libraries_take(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert [choose_device(name) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    assert taken == [torch.device("cuda:1")]
 
 
 @pytest.mark.gpu

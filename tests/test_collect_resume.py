@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from collected_text import write_sets
 from gpt_oss_checkpoints import write_tiny_checkpoint
 from safetensors.torch import load_file
 
 from nexus_core.checkpoint.source import open_checkpoint
 from nexus_core.cli import nexus
 from nexus_core.errors import ShapeError, StageError, UsageError
-from nexus_core.recipe.schema import Collect, Source
+from nexus_core.recipe.schema import Collect
 from nexus_core.stages import collect as stage
 from nexus_core.stages import standing
 from nexus_core.stages.collect import collect
@@ -43,11 +44,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("domain", "general"):
-        lines = [json.dumps({"text": f"{name} text number {number}, " * (1 + number % 4)}) for number in range(60)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    return {name: [Source(path=str(folder / f"{name}.jsonl"))] for name in ("domain", "general")}
+    return write_sets(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -214,5 +214,5 @@ def test_what_cannot_be_opened_as_a_database_is_said_at_once(tmp_path: Path) -> 
     (tmp_path / "folder.db").mkdir()
     (tmp_path / "letter.db").write_text("Dear database")
     for name, reason in (("folder", "Is a directory"), ("letter", "file is not a database")):
-        with pytest.raises(UsageError, match=rf"{name}\.db: recorded runs cannot be read: .*{reason}"):
+        with pytest.raises(UsageError, match=rf"{name}\.db: recorded runs cannot be read: .*{reason}.*; name another"):
             recorded_runs(f"sqlite:///{tmp_path / name}.db")

@@ -45,6 +45,14 @@ def test_a_whole_model_is_examined_from_weights_to_hours(model: Path, capsys: py
     assert sorted(path.name for path in model.rglob("*")) == before
 
 
+def test_text_that_is_not_there_is_told_before_any_weight_is_read(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexus_core.pipeline.doctor.fingerprint", lambda *_, **__: pytest.fail("it was read"))
+    assert call("doctor", str(model), "--data", "nope.txt", "--device", "cpu") == 2
+    assert "nope.txt: there is no such file" in capsys.readouterr().err
+
+
 def test_a_converted_model_is_read_as_base_and_as_student(tmp_path: Path) -> None:
     report = examine(write_converted(tmp_path), dtype="float32")
     assert report.perplexity["student"] == report.perplexity["base"]

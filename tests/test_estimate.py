@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import call
 from live_tensors import LiveTensors
 from nexus_gpt_oss import costs, synthetic
 from nexus_gpt_oss.backends import grouped, rows, sorted_rows
+from workloads import RECIPES, workload
 
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
-from nexus_core.cli import main
 from nexus_core.errors import UsageError
-from nexus_core.estimate import Device, Workload, estimate_stages, find_device, remedies, training
+from nexus_core.estimate import Device, estimate_stages, find_device, remedies, training
 from nexus_core.estimate.devices import CONTEXT_BYTES, recognise
 from nexus_core.estimate.memory import stage_memory
 from nexus_core.estimate.model import plain_costs
@@ -29,8 +30,6 @@ from nexus_core.pipeline.preflight import look_ahead, model_size
 from nexus_core.recipe.load import load_recipe
 from nexus_core.train import float32_masters
 from nexus_core.train.engines import deepspeed_library
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 # What the budget on paper counts on: effective rates of an H200, nothing taken off for being a data sheet's.
 PAPER = Device("paper", "cuda", 150_000_000_000, 3e12, 400e12)
@@ -45,16 +44,6 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Checkpoint]
         (folder / "config.json").write_text(json.dumps(synthetic.config(shape)))
         found[shape] = open_checkpoint(folder)
     return found
-
-
-def workload(recipe: str, *overrides: str, kind: str = "cuda") -> Workload:
-    return Workload.of(
-        load_recipe(RECIPES / recipe, overrides),
-        kind,
-        gathers_neurons=False,
-        router_learns=False,
-        capture_tokens=16_384,
-    )
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1_024, 1_250), (4_096, 3_400), (8_192, 4_800), (16_384, 6_000)])
@@ -221,13 +210,6 @@ def test_devices_are_found_by_what_people_and_drivers_call_them() -> None:
     assert (unknown.name, unknown.memory_bytes) == ("Something New", 10**10)
     with pytest.raises(UsageError, match="did you mean 'h20'"):
         find_device("h20O")
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(arguments))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def test_check_tells_memory_disk_work_and_time_for_a_device_that_is_not_here(

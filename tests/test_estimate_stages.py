@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from live_tensors import LiveTensors
 from nexus_gpt_oss import synthetic
+from workloads import RECIPES, workload
 
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
-from nexus_core.estimate import Device, ModelSize, Prompts, Workload, find_device, remedies
+from nexus_core.estimate import Device, ModelSize, Prompts, find_device, remedies
 from nexus_core.estimate.disk import stage_disk
 from nexus_core.estimate.memory import stage_memory
 from nexus_core.estimate.work import stage_work
@@ -22,8 +22,6 @@ from nexus_core.models import load
 from nexus_core.pipeline.preflight import look_ahead, model_size
 from nexus_core.recipe.load import load_recipe
 from nexus_core.stages.completions import Writing, complete
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +34,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> ModelSize:
     folder = tmp_path_factory.mktemp("120b")
     (folder / "config.json").write_text(json.dumps(synthetic.config("120b")))
     return model_size(open_checkpoint(folder), "cuda")
-
-
-def workload(recipe: str, *overrides: str, kind: str = "cuda", prompts: dict[str, Prompts] | None = None) -> Workload:
-    return Workload.of(
-        load_recipe(RECIPES / recipe, overrides),
-        kind,
-        gathers_neurons=False,
-        router_learns=False,
-        capture_tokens=16_384,
-        prompts=prompts,
-    )
 
 
 @pytest.mark.parametrize(("batch", "prompt", "new"), [(16, 128, 3), (64, 4, 24)])

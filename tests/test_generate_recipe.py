@@ -14,9 +14,9 @@ from prompt_files import read_records, write_questions, write_records
 
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
 from nexus_core.errors import RecipeError
+from nexus_core.pipeline.inputs import check_inputs
 from nexus_core.pipeline.keys import data_identity
 from nexus_core.pipeline.plan import Plan, plan_recipe
-from nexus_core.pipeline.preflight import check_inputs
 from nexus_core.pipeline.run import run_recipe
 from nexus_core.recipe import load_recipe, recipe_from
 

@@ -107,5 +107,5 @@ def test_slices_are_of_whole_experts_and_cover_all_rows() -> None:
     assert [part.counts for _, part in slices] == [[2, 0, 0, 0, 0, 0, 0], [0, 0, 5, 0, 0, 0, 0], [0, 0, 0, 1, 0, 2, 0]]
     assert torch.cat([part.experts_R for _, part in slices]).tolist() == experts
     assert torch.equal(torch.cat([part.order_R for _, part in slices]), routing.order_R)
-    assert slices[2][1].ends_N.tolist() == [1, 3]
+    assert [rows.stop for _, rows in slices[2][1].by_expert()] == [1, 3]
     assert not list(sort_by_expert(torch.zeros(0, 1, dtype=torch.long), 7).slices(3))

@@ -269,6 +269,16 @@ def test_experts_stored_as_another_type_are_refused_by_name(tmp_path: Path) -> N
         load(folder)
 
 
+@pytest.mark.parametrize("loader", [load, AutoModelForCausalLM.from_pretrained])
+def test_whole_numbers_for_weights_are_refused_by_name(tmp_path: Path, loader: Any) -> None:
+    folder, name = tmp_path / "model", "model.layers.0.mlp.router.weight"
+    load(write_tiny_checkpoint(tmp_path / "base")).save_pretrained(folder, max_shard_size="150KB")
+    rewrite_tensors(folder, drop=name)
+    rewrite_tensors(folder, add={name: torch.ones((8, 64), dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=f"not of the model's kind of number .{name} I8, not bfloat16"):
+        loader(folder)
+
+
 def test_a_shard_that_is_cut_short_is_refused_by_name(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "base")
     shard = folder / "model-00002-of-00002.safetensors"

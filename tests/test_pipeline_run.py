@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from typing import Any
 import fake_pipeline
 import pytest
 from fake_pipeline import files, run
+from waiting import wait_for
 
 from nexus_core import plugins
 from nexus_core.errors import StageError, UsageError
 from nexus_core.hookspecs import hookimpl
-from nexus_core.pipeline.failures import Interrupted
+from nexus_core.pipeline.failures import Interrupted, explained
+from nexus_core.pipeline.order import all_stages
 
 SCRIPT = Path(fake_pipeline.__file__)
 HALF_WAY = fake_pipeline.STEPS // 2
@@ -40,13 +41,6 @@ def start(folder: Path) -> subprocess.Popen[str]:
 def is_half_way(folder: Path) -> bool:
     states = list(folder.glob("runs/train/.*.partial/state.json"))
     return any(json.loads(state.read_text())[0] == HALF_WAY for state in states)
-
-
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
 
 
 def test_stages_run_once_and_are_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,12 +184,26 @@ def test_full_disk_is_one_sentence_and_keeps_partial_work(tmp_path: Path, of_a_l
     assert steps[0] == 5
 
 
-def test_out_of_memory_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_memory_is_one_sentence(error: Exception, tmp_path: Path) -> None:
     def exhaust(step: int) -> None:
-        raise MemoryError
+        raise error
 
-    with pytest.raises(StageError, match=r"train: out of memory on cpu; lower its batch_size"):
+    with pytest.raises(StageError, match=r"train: out of memory on cpu; lower its batch_size.*gradient_checkpointing"):
         run(tmp_path, during_train=exhaust)
+
+
+def test_out_of_memory_advises_only_what_its_stage_has() -> None:
+    collect = next(stage for stage in all_stages() if stage.name == "collect")
+    said = str(explained(MemoryError(), collect, "cuda"))
+    assert said == "collect: out of memory on cuda; lower its batch_size or sequence_length"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

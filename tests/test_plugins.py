@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -15,6 +16,7 @@ from nexus_core import defaults, hookspecs
 from nexus_core.errors import CheckpointError, PluginError
 from nexus_core.hookspecs import hookimpl
 from nexus_core.plugins import Plugins
+from nexus_core.stages.strategies import NEEDS, choose_strategy
 from nexus_core.types import EmbeddedFile, RouterOutput, Strategy
 
 
@@ -136,6 +138,32 @@ def test_strategies_of_all_plugins_come_together_and_a_double_name_is_refused() 
     assert disputed["pca"].name == "pca"
     with pytest.raises(PluginError, match="two plugins register the selection strategy 'mine', one and two; uninstall"):
         disputed["mine"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook", "need", "known"),
+    [
+        ("losses", "nexus_losses", "teacher_hiden", "did you mean 'teacher_hidden'?"),
+        ("selection", "nexus_selection_strategies", "topkcount", "did you mean 'topk_count'?"),
+        ("data_formats", "nexus_data_formats", "x", ""),
+    ],
+)
+def test_a_strategy_that_needs_what_nobody_gathers_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: str, hook: str, need: str, known: str
+) -> None:
+    brings = type("Brings", (), {hook: hookimpl(lambda self: [Strategy("mine", print, "", needs=frozenset({need}))])})
+    monkeypatch.setattr("nexus_core.stages.strategies.installed", lambda: plugins_of(brings=brings()))
+    with pytest.raises(
+        PluginError,
+        match=rf"{kind} strategy 'mine' says that it needs '{need}', which NEXUS does not know.*{re.escape(known)}",
+    ):
+        choose_strategy(kind, "mine", {})
+
+
+@pytest.mark.parametrize("kind", NEEDS)
+def test_what_every_strategy_of_nexus_needs_is_known(kind: str) -> None:
+    for name, strategy in Plugins().strategies(kind).items():
+        assert strategy.needs <= NEEDS[kind], name
 
 
 def test_embedded_files_are_found_by_name() -> None:

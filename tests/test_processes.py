@@ -17,6 +17,7 @@ import pytest
 import torch
 from gpt_oss_checkpoints import write_tiny_checkpoint
 from training_runs import write_texts
+from waiting import wait_for
 
 from nexus_core import processes
 from nexus_core.cli import main, nexus
@@ -43,13 +44,6 @@ def command(mode: str, *arguments: str) -> list[str]:
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:

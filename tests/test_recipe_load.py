@@ -221,6 +221,8 @@ class TestSectionsFromFlags:
             section_from(Select, {}, ["componets=3"])
         with pytest.raises(RecipeError, match=r"^--tokens: collect.tokens: "):
             section_from(Collect, {"tokens": -1})
+        with pytest.raises(RecipeError, match=r"^--steps: train.max_steps: must be .*, got 0"):
+            section_from(Train, {"max_steps": 0}, flags={"max_steps": "--steps"})
         with pytest.raises(RecipeError, match=r"^--set losses.kl=1: train.losses.kl: there is no loss 'kl'"):
             section_from(Train, {"max_steps": 3}, ["losses.kl=1"])
 

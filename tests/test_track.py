@@ -93,10 +93,14 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
     os.chdir(here)
 
 
-def runs_of(recording: Recording) -> dict[str, Any]:
+def all_runs(recording: Recording) -> list[Any]:
     client = connect(recording.observer.uri)
     experiment = client.get_experiment_by_name("nexus")
-    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def runs_of(recording: Recording) -> dict[str, Any]:
+    return {run.info.run_name: run for run in all_runs(recording)}
 
 
 def test_a_recipe_is_a_parent_run_and_each_stage_a_nested_one(recorded: Recording) -> None:
@@ -192,15 +196,9 @@ def test_a_run_whose_process_is_gone_is_ended_by_the_next_of_its_recipe(recorded
     Recording(recorded.store, recipe="another").tell("nexus_run_started")
     assert runs_of(killed)["merge"].info.status == "RUNNING"
     Recording(recorded.store, recipe="killed").tell("nexus_run_started")
-    statuses = {run_id: run.info.status for run_id, run in runs_by_id(killed).items()}
+    statuses = {run.info.run_id: run.info.status for run in all_runs(killed)}
     assert statuses[killed.observer._parent_id] == "KILLED"
     assert runs_of(killed)["merge"].info.status == "KILLED"
-
-
-def runs_by_id(recording: Recording) -> dict[str, Any]:
-    client = connect(recording.observer.uri)
-    experiment = client.get_experiment_by_name("nexus")
-    return {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
 
 
 def test_a_server_that_does_not_answer_costs_one_warning_and_no_run(
@@ -214,6 +212,7 @@ def test_a_server_that_does_not_answer_costs_one_warning_and_no_run(
     assert [record.levelname for record in caplog.records if record.name.startswith("nexus_core")] == ["WARNING"]
     assert "http://127.0.0.1:9" in caplog.text
     assert "\n" not in caplog.records[-1].getMessage()
+    assert not unreachable.observer.is_recording
 
 
 def test_tracking_switched_off_writes_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from nexus_core.data.mixture import Batch
 from nexus_core.processes import World
 from nexus_core.recipe.schema import DeepSpeed
 from nexus_core.train.engines import is_cut
-from nexus_core.train.engines.deepspeed_library import leaf_modules
+from nexus_core.train.engines.deepspeed_library import _meet_nobody, leaf_modules
 from nexus_core.train.passes import MicroBatch, count_tokens
 from nexus_core.train.share import share_of
 from nexus_core.types import MoeBlock
@@ -101,3 +102,11 @@ def test_what_holds_the_experts_is_gathered_as_one(is_list: bool) -> None:
     leaves = leaf_modules(nn.Module(), SimpleNamespace(hook=hook))
     # A list of experts is never called, so nothing could be gathered for it.
     assert leaves == [block if is_list else block.experts]
+
+
+def test_alone_deepspeed_computes_on_the_gpu_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "of nobody")
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *arguments, **keywords: None)
+    _meet_nobody(torch.device("cuda:1"))
+    assert os.environ["LOCAL_RANK"] == "1"

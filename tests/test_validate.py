@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from click.testing import CliRunner
+from command_line import call
 from torch.nn import functional
 from training_runs import train_settings, write_converted, write_texts
 
@@ -114,6 +115,13 @@ def test_the_commands_train_and_validate_whole_files(tmp_path) -> None:
     metrics = json.loads(answer.stdout.splitlines()[-1])["metrics"]
     assert metrics["change/domain"] < 0
     assert metrics["verdict"] == "gained"
+
+
+def test_the_validate_command_counts_no_tokens_that_nobody_asked_for(converted, tmp_path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("a few words of running text\n")
+    assert call("validate", converted.folder, "--data", f"a={tmp_path / 'a.txt'}", "--out", tmp_path / "out") == 0
+    (read,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("read ")]
+    assert "/" not in read.split(" tokens ")[0]
 
 
 def test_an_interrupted_train_command_goes_on_but_not_with_other_settings(tmp_path, monkeypatch) -> None:

@@ -36,9 +36,9 @@ _TEMPLATES = (
 )
 
 
-def tool_calls(count: int, seed: int = 0) -> Iterator[dict[str, str]]:
-    """Records with a prompt and a response, the same for the same seed."""
-    draw = random.Random(seed)
+def tool_calls(count: int) -> Iterator[dict[str, str]]:
+    """Records with a prompt and a response, always the same."""
+    draw = random.Random(0)
     for _ in range(count):
         city, other = draw.sample(_CITIES, 2)
         unit, other_unit = draw.sample(_UNITS, 2)

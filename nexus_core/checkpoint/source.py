@@ -39,7 +39,14 @@ class Checkpoint:
 
     @cached_property
     def description(self) -> MoeDescription:
-        return self.family.hook.nexus_describe_moe(config=self.config)
+        try:
+            return self.family.hook.nexus_describe_moe(config=self.config)
+        except CheckpointError as error:
+            # The family knows the config alone, and says `config.json: ...`.
+            message = str(error)
+            if not message.startswith("config.json"):
+                raise
+            raise CheckpointError(f"{self.folder}/{message}") from error
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -86,11 +93,13 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, weights: b
     try:
         config = json.loads(config_file.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: has no config.json, so it is not a model folder") from error
+        raise CheckpointError(
+            f"{folder}: has no config.json, so it is not a model folder; name the folder that holds one"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{config_file}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{config_file}: is not valid JSON: {error}") from error
+        raise CheckpointError(f"{config_file}: is not valid JSON ({error}); copy or download it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_file}: is not a JSON object, so it is not a model's config")
     is_from_hub = not str(name).startswith(EMBEDDED) and not Path(name).expanduser().is_dir()

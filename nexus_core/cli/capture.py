@@ -64,7 +64,7 @@ def command(
             "max_steps": steps,
             "teacher": {"kind": "offline"} | ({"path": teacher_model} if teacher_model else {}),
         }
-        settings = section_from(Train, values, assignments)
+        settings = section_from(Train, values, assignments, {"max_steps": "--steps"})
         checkpoint = open_checkpoint(model)
         place = choose_device(device)
         identity = {

@@ -96,8 +96,7 @@ def _over_terminal(conversation: Conversation, name: str) -> None:
 
 def _over_pipe(conversation: Conversation) -> None:
     is_first = True
-    for line in sys.stdin:
-        text = line.strip()
+    for text in _piped_lines():
         if text == QUIT:
             return
         if text == RESET:
@@ -109,6 +108,19 @@ def _over_pipe(conversation: Conversation) -> None:
             click.echo()
             if remark := _remark(conversation, reply):
                 click.echo(remark, err=True)
+
+
+def _piped_lines() -> Iterator[str]:
+    from nexus_core.errors import UsageError
+
+    try:
+        for line in sys.stdin:
+            text = line.strip()
+            # In some locales Python reads bytes that are not UTF-8 as lone surrogates, which no tokenizer takes.
+            text.encode()
+            yield text
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise UsageError("standard input: is not UTF-8 text; save it as UTF-8") from error
 
 
 def _typed_lines() -> Iterator[str]:

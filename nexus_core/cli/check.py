@@ -72,13 +72,15 @@ def command(
             return
 
         from nexus_core.checkpoint.source import open_checkpoint
+        from nexus_core.pipeline.inputs import check_inputs, check_splits
         from nexus_core.pipeline.outline import other_teacher, outline_recipe
-        from nexus_core.pipeline.preflight import check_inputs, look_ahead
+        from nexus_core.pipeline.preflight import look_ahead
 
         checkpoint = open_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
         check_inputs(recipe, checkpoint)
         teacher = other_teacher(recipe)
         outline = outline_recipe(recipe, checkpoint, teacher)
+        check_splits(recipe, [stage.name for stage in outline.stages if not stage.is_reused])
         ahead = look_ahead(recipe, checkpoint, named, teacher=teacher)
     if as_json:
         print_json(_as_json(outline, ahead))

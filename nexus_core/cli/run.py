@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ def command(
         if not starts_others:
             from nexus_core.pipeline.run import run_recipe
 
-            with _tracked(recipe, here):
+            with _tracked(recipe, here) as is_tracked:
                 result = run_recipe(
                     recipe, until=until, rerun=rerun, verify=verify, anyway=anyway, on_outcome=outcomes.append
                 )
@@ -72,7 +72,7 @@ def command(
     elif here.is_first:
         from nexus_core.cli.summary import summary
 
-        click.echo(summary(result))
+        click.echo(summary(result, is_tracked=is_tracked()))
     return 0
 
 
@@ -89,10 +89,10 @@ def _stages(outcomes: list[StageOutcome]) -> dict[str, Any]:
 
 
 @contextmanager
-def _tracked(recipe: Recipe, here: World) -> Iterator[None]:
-    """Have MLflow observe what happens inside, if the recipe wants that."""
+def _tracked(recipe: Recipe, here: World) -> Iterator[Callable[[], bool]]:
+    """Have MLflow observe what happens inside, if the recipe wants that; tells whether all of it could be recorded."""
     if not (recipe.run.tracking.enabled and here.is_first):
-        yield
+        yield lambda: False
         return
     from nexus_core.plugins import installed
     from nexus_core.track.observer import MlflowObserver
@@ -101,7 +101,7 @@ def _tracked(recipe: Recipe, here: World) -> Iterator[None]:
     observer = MlflowObserver(recipe.run.tracking, Path(recipe.run.store).expanduser())
     plugins.register(observer, "mlflow", "built in")
     try:
-        yield
+        yield lambda: observer.is_recording
     finally:
         plugins.unregister("mlflow")
 

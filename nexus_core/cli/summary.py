@@ -16,9 +16,12 @@ from nexus_core.recipe.schema import Recipe
 from nexus_core.track.connection import default_uri
 
 
-def summary(result: RunResult) -> str:
-    """Text for a terminal; plain when stdout is not one, as click strips styles there."""
-    parts = [_times(result), _measured(result), _places(result), _next(result)]
+def summary(result: RunResult, *, is_tracked: bool) -> str:
+    """Text for a terminal; plain when stdout is not one, as click strips styles there.
+
+    is_tracked: whether MLflow has the run, so that it is worth looking there.
+    """
+    parts = [_times(result), _measured(result), _places(result, is_tracked), _next(result, is_tracked)]
     return "\n" + "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -65,7 +68,7 @@ def _number(value: float | int | str) -> str:
     return f"{value:>10.4g}" if isinstance(value, float | int) else f"{value:>10}"
 
 
-def _places(result: RunResult) -> list[str]:
+def _places(result: RunResult, is_tracked: bool) -> list[str]:
     store, recipe = Path(result.recipe.run.store).expanduser(), result.recipe
     latest = store / LATEST / recipe.name
     lines = []
@@ -76,8 +79,8 @@ def _places(result: RunResult) -> list[str]:
         lines.append(f"report   {latest / 'validate' / 'report.json'}")
     if not lines and result.outcomes:
         lines.append(f"output   {latest / result.outcomes[-1].name}")
-    if recipe.run.tracking.enabled:
-        lines.append(f"MLflow   mlflow ui --backend-store-uri {_tracking_uri(recipe, store)}")
+    if is_tracked:
+        lines.append(f"MLflow   {_where_tracked(recipe, store)}")
     return lines
 
 
@@ -92,15 +95,19 @@ def model_folder(result: RunResult) -> Path | None:
     return None
 
 
-def _tracking_uri(recipe: Recipe, store: Path) -> str:
-    return shlex.quote(recipe.run.tracking.uri or default_uri(store))
+def _where_tracked(recipe: Recipe, store: Path) -> str:
+    """A server's address, which a browser opens, or the command that shows what a file holds."""
+    uri = recipe.run.tracking.uri or default_uri(store)
+    return uri if uri.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def _next(result: RunResult) -> list[str]:
+def _next(result: RunResult, is_tracked: bool) -> list[str]:
     model = model_folder(result)
     if model is None:
         return []
     lines = ["next:", f"  nexus chat {shlex.quote(str(model))}"]
-    if result.outcome("validate") and result.recipe.run.tracking.enabled:
-        lines.append(f"  nexus compare --store {shlex.quote(result.recipe.run.store)}")
+    if result.outcome("validate") and is_tracked:
+        run = result.recipe.run
+        place = f"--uri {shlex.quote(run.tracking.uri)}" if run.tracking.uri else f"--store {shlex.quote(run.store)}"
+        lines.append(f"  nexus compare {place}")
     return lines

@@ -92,7 +92,7 @@ def command(
             "routing": {"strategy": routing} if routing else None,
             "teacher": {"kind": "offline"} if teacher else None,
         }
-        settings = section_from(Train, values, assignments)
+        settings = section_from(Train, values, assignments, {"max_steps": "--steps"})
         refuse_idle_processes(settings, world().size)
         checkpoint = open_checkpoint(model)
         place = choose_device(device)

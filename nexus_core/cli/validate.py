@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from nexus_core.cli.output import failure_as_json, print_done
 from nexus_core.cli.sources import named_sources
 
 # More sequences than any file has: the whole of it.
-WHOLE_FILE = 2**40
+WHOLE_FILE = sys.maxsize
 
 
 @click.command("validate")

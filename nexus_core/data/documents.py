@@ -108,7 +108,7 @@ def documents(
     taken = [0] * len(readers)
     waiting = list(range(len(readers)))
     # Where documents are counted too, or there is no limit, nobody knows how many tokens there will be.
-    total = 0 if at_least or limit_tokens == sys.maxsize else limit_tokens
+    total = 0 if at_least or limit_tokens >= sys.maxsize else limit_tokens
     with Progress("read", total, "tokens") as progress:
         while waiting and (sum(taken) < limit_tokens or len(items) < at_least):
             # The source that is furthest behind its share comes next.
@@ -139,6 +139,26 @@ def is_held_out(content: Any, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+def check_parts(source: Source, parts: Sequence[Part]) -> None:
+    """Raises DataError if no record of a source belongs to one of the parts; reads until each has one, once."""
+    missing, read, name = set(parts), 0, ""
+    for record in load_records(source):
+        read += 1
+        name = name or find_format(source, list(record))
+        is_out = is_held_out(formats.opening(name, record, source.fields), source.held_out)
+        missing.discard("held_out" if is_out else "train")
+        if not missing:
+            return
+    raise _empty_part(source, min(missing), read)
+
+
+def _empty_part(source: Source, part: Part, records: int) -> DataError:
+    return DataError(
+        f"{source.path}: none of its {records:,} records falls into the part '{part}' at held_out {source.held_out}; "
+        "give more records, or change `held_out`"
+    )
+
+
 class _SourceReader(Iterator[Document]):
     """The documents of one source, in random order; iterates until one pass is over, then anew after start_again."""
 
@@ -161,10 +181,7 @@ class _SourceReader(Iterator[Document]):
         if report.documents or not report.passes:
             return
         if report.other_part == report.records:
-            raise DataError(
-                f"{report.path}: none of its {report.records} records falls into the part '{self.part}' at held_out "
-                f"{self.source.held_out}; give more records, or change `held_out`"
-            )
+            raise _empty_part(self.source, self.part, report.records)
         raise DataError(f"{report.path}: none of its {report.records} records can be used: {report.left_out()}")
 
     def warn(self) -> None:

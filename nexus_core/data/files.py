@@ -110,7 +110,7 @@ def _json(path: Path) -> Iterator[Read]:
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else [content]
     if not isinstance(content, list):
-        raise DataError(f"{path}: is a JSON {type(content).__name__}; give a list of objects, or jsonl")
+        raise DataError(f"{path}: is {_json_kind(content)}; give a list of objects, or jsonl")
     for number, item in enumerate(content):
         yield _record(item, f"{path}: item {number}")
 
@@ -118,7 +118,14 @@ def _json(path: Path) -> Iterator[Read]:
 def _record(item: Any, where: str) -> Read:
     if isinstance(item, dict):
         return item
-    return DataError(f'{where}: is a JSON {type(item).__name__}, not an object such as {{"text": ...}}')
+    return DataError(f'{where}: is {_json_kind(item)}, not an object such as {{"text": ...}}')
+
+
+def _json_kind(value: Any) -> str:
+    """What JSON calls a value that is no object."""
+    if value is None or isinstance(value, bool):
+        return f"JSON {json.dumps(value)}"
+    return f"a JSON {'string' if isinstance(value, str) else 'array' if isinstance(value, list) else 'number'}"
 
 
 def _parquet(path: Path) -> Iterator[Read]:
@@ -159,7 +166,11 @@ def _text(path: Path, piece_characters: int) -> Iterator[Read]:
                 piece.encode()
             except UnicodeEncodeError as error:
                 byte = ord(piece[error.start]) - 0xDC00
-                yield DataError(f"{path}: is not UTF-8 text (byte {byte:#04x} before {piece[error.end :][:20]!r})")
+                before = piece[: error.start][-20:]
+                yield DataError(
+                    f"{path}: is not UTF-8 text (byte {byte:#04x}{f' after {before!r}' if before else ''}); save it as "
+                    "UTF-8"
+                )
                 continue
             if "\0" in piece:
                 raise DataError(f"{path}: holds zero bytes, so it is not text; give {KINDS}")

@@ -141,7 +141,9 @@ def _folder(source: Records, folder: Path) -> RecordStream:
     suffixes = (*RECORD_SUFFIXES, *TEXT_SUFFIXES)
     files = sorted(file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file())
     if not files:
-        raise DataError(f"{folder}: holds neither a data set that `datasets` saved nor files ending in {suffixes}")
+        raise DataError(
+            f"{folder}: holds neither a data set that `datasets` saved nor files that are read; give {KINDS}"
+        )
     if len({is_text(file) for file in files}) > 1:
         raise DataError(f"{folder}: mixes text files with files of records; name them as separate sources")
     return RecordStream(source, is_text(files[0]), lambda seed: _files(source, files, seed))
@@ -179,8 +181,8 @@ def _hub(source: Records, seed: int | None) -> Iterator[Read]:
         yield from stream if seed is None else stream.shuffle(seed=seed, buffer_size=1)
     except Exception as error:  # whatever the Hub client, the network or the data set's files raise
         reason = str(error).split("\n")[0]
+        config = f"config {source.config}, " if source.config else ""
         raise DataError(
-            f"'{source.path}' (config {source.config}, split {source.split}): there is no such file here, and the Hub "
-            f"could not give it: {type(error).__name__}: {reason}; check name, config, split, access and network, or "
-            "give local files"
+            f"'{source.path}' ({config}split {source.split}): there is no such file here, and the Hub could not give "
+            f"it: {type(error).__name__}: {reason}; check name, config, split, access and network, or give local files"
         ) from error

@@ -11,6 +11,7 @@ from nexus_core.estimate.stages import estimate_stages
 from nexus_core.estimate.workload import Passes, Workload
 
 SMALLEST_LENGTH = 128
+MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,7 @@ class Remedy:
     fits: bool
 
 
-def remedies(
-    model: ModelSize, work: Workload, device: Device, host_bytes: int, stage: str, where: str, most: int = 4
-) -> list[Remedy]:
+def remedies(model: ModelSize, work: Workload, device: Device, host_bytes: int, stage: str, where: str) -> list[Remedy]:
     """Ways to make `stage` fit where it does not ("device" or "host"): single changes that are enough, the mildest
     first; or else all that helps together, which may still be too little.
     """
@@ -41,7 +40,7 @@ def remedies(
         if after <= room:
             enough.append(Remedy((name,), after, True))
     if enough:
-        return enough[:most]
+        return enough[:MOST_NAMED]
     for name, changed in _cumulative(model, work, stage, where):
         after = needs(changed)
         if after < before:

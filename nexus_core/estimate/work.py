@@ -21,7 +21,8 @@ FLOPS_PER_NUMBER = 2
 # Reading an expert's bytes and writing a shared expert, from a disk as machines with such a GPU have.
 DISK_BYTES_PER_SECOND = 1e9
 
-# On a CPU decoding is bound by table look-ups: measured at a third of a copy's speed. On a GPU it is the copy's.
+# On a CPU decoding in plain torch is bound by table look-ups: measured at a third of a copy's speed. On a GPU it is the
+# copy's.
 CPU_DECODE_SHARE = 0.33
 
 # On a CPU everything number by number goes to memory that is taken anew: measured at a tenth of a copy's speed, of one

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from nexus_core.additions import RouterDelta, SharedExpert, router_tensors
+from nexus_core.additions import RouterDelta, SharedExpert, refuse_unless_attachable, router_tensors
 from nexus_core.errors import UsageError
 from nexus_core.families.layout import ROUTER_DELTA, SHARED_EXPERT, Layout, installed_layouts
 from nexus_core.families.rules import ADDED_SELECTION_BIAS
@@ -159,10 +159,7 @@ class ExtendedModel(StrictlyLoaded):
 
         Raises UsageError if width is not positive or the model has shared experts already.
         """
-        if width < 1:
-            raise UsageError(f"a shared expert of width {width}: it must have at least one neuron")
-        if self.config.shared_expert_width:
-            raise UsageError(f"this model already has shared experts, of width {self.config.shared_expert_width}")
+        refuse_unless_attachable(self.config, width)
         self.config.shared_expert_width = width
         for found in self.moe_blocks():
             shared_expert = self._new_shared_expert(width).to(device=_device(found.router), dtype=self.dtype)

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from nexus_core.checkpoint.reader import DTYPES, INDEX_NAME, SINGLE_NAME, CheckpointReader
 from nexus_core.errors import CheckpointError
 
 NAMES_SHOWN = 5
@@ -32,6 +35,8 @@ class StrictlyLoaded:
         with _without_load_report():
             model, info = super().from_pretrained(source, *arguments, output_loading_info=True, **keywords)  # type: ignore[misc]
         refuse_unless_whole(str(source), info)
+        if not is_elsewhere:
+            refuse_whole_numbers(model, Path(source))
         return (model, info) if asked_for_info else model
 
     @classmethod
@@ -46,6 +51,25 @@ def refuse_unless_whole(source: str, info: dict[str, Any]) -> None:
     """
     misshapen = [f"{name} {list(found)}, not {list(needed)}" for name, found, needed in sorted(info["mismatched_keys"])]
     refuse(source, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), misshapen)
+
+
+def refuse_whole_numbers(model: nn.Module, folder: Path) -> None:
+    """Raise CheckpointError for tensors that a local folder holds as whole numbers and the model as floating-point
+    ones: transformers casts them without a word.
+    """
+    if not any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
+        return
+    stored = CheckpointReader(folder).entries
+    rounded = [
+        f"{name} {stored[name].dtype}, not {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in model.state_dict().items()
+        if name in stored and tensor.is_floating_point() and not DTYPES[stored[name].dtype].is_floating_point
+    ]
+    if rounded:
+        raise CheckpointError(
+            f"{folder}: its tensors are not of the model's kind of number ({some(sorted(rounded))}); copy, download or "
+            "convert the checkpoint again"
+        )
 
 
 def refuse(source: str, missing: list[str], unknown: list[str], misshapen: list[str]) -> None:

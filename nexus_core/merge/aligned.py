@@ -123,7 +123,8 @@ class Reordered:
         if projection == "down":
             matrix, bias = self._experts.rows(expert, projection, rows, dtype)
             return (matrix if order_F is None else matrix[:, order_F]), bias
-        return self._experts.matrix(expert, projection, dtype, order_F)
+        # As it is stored: a whole matrix in float32 would take twice the memory for a little time.
+        return self._experts.matrix(expert, projection, order=order_F)
 
 
 def refuse(request: MergeRequest, parameters: AlignedParameters) -> Refusal | None:

@@ -21,7 +21,8 @@ class RowSource(Protocol):
 
     def tiles(self, projection: Projection) -> Iterable[slice]: ...
 
-    def rows(self, expert: int, projection: Projection, rows: slice, dtype: torch.dtype) -> Rows: ...
+    def rows(self, expert: int, projection: Projection, rows: slice, dtype: torch.dtype) -> Rows:
+        """dtype: wanted, for speed only."""
 
 
 def combine(
@@ -93,7 +94,7 @@ def _average(source: RowSource, shares: Mapping[int, float], projection: Project
 
 def _added(summed: Rows | None, rows: Rows, share: float) -> Rows:
     if summed is None:
-        return rows[0] * share, None if rows[1] is None else rows[1] * share
+        return rows[0].float() * share, None if rows[1] is None else rows[1].float() * share
     for total, part in zip(summed, rows, strict=True):
         if total is not None and part is not None:
             total.add_(part, alpha=share)

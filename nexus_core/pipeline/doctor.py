@@ -89,12 +89,13 @@ def examine(
     say: called with a line about each thing found. Raises CheckpointError with what is wrong if the model is unusable.
     """
     report = Report(checkpoint.name, vocabulary_size=checkpoint.description.vocabulary_size)
+    kind = torch.device(device).type
+    length = recipe.train.sequence_length if recipe else RECIPELESS_LENGTH.get(kind, RECIPELESS_LENGTH["cpu"])
+    # First: it takes a moment, and reading every byte of a large model takes minutes.
+    packed = _text(checkpoint, sources, length, report)
     _weights(checkpoint, report, verify=verify, say=say)
     model = load(checkpoint, dtype=compute_dtype(dtype, device), device=device)
     say("model    loaded strictly: no tensor missing, unknown or of another shape")
-    kind = torch.device(device).type
-    length = recipe.train.sequence_length if recipe else RECIPELESS_LENGTH.get(kind, RECIPELESS_LENGTH["cpu"])
-    packed = _text(checkpoint, sources, length, report)
     _read_text(model, packed, report, say=say)
     _rehearse(checkpoint, model, packed, recipe, report, say=say)
     report.backends = _backends(checkpoint)

@@ -24,9 +24,7 @@ def explained(error: BaseException, stage: Stage, device: str) -> BaseException:
             f"interrupted in {name}; finished stages are kept, type the same command again and {goes_on}"
         )
     if is_out_of_memory(error):
-        return StageError(
-            f"{name}: out of memory on {device}; lower its batch_size or sequence_length, "
-            "or set train.gradient_checkpointing: true"
-        )
+        recomputes = ", or set train.gradient_checkpointing: true" if name == "train" else ""
+        return StageError(f"{name}: out of memory on {device}; lower its batch_size or sequence_length{recomputes}")
     # Training's collectives are its library's.
     return lost_contact(error) or error

@@ -38,17 +38,12 @@ def dismiss(outcomes: Sequence[StageOutcome]) -> None:
     broadcast({"outcomes": [asdict(outcome) | {"path": str(outcome.path)} for outcome in outcomes]})
 
 
-def follow(
-    recipe: Recipe,
-    *,
-    stages: Sequence[Stage] | None = None,
-    on_outcome: Callable[[StageOutcome], None] = lambda outcome: None,
-) -> tuple[StageOutcome, ...]:
+def follow(recipe: Recipe, *, on_outcome: Callable[[StageOutcome], None]) -> tuple[StageOutcome, ...]:
     """Do this process's part of a run, and return what came of all of it; to be called on all but the first process.
 
-    stages: those of the run, the pipeline's if None. Raises what the stages raise, and OtherProcessFailed.
+    Raises what the stages raise, and OtherProcessFailed.
     """
-    by_name = {stage.name: stage for stage in (all_stages() if stages is None else stages)}
+    by_name = {stage.name: stage for stage in all_stages()}
     device = choose_device(recipe.run.device)
     checkpoint = None
     while True:

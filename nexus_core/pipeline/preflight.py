@@ -1,18 +1,15 @@
-"""What can be known before anything runs: whether model, data and recipe fit, and about what it will take."""
+"""What can be known before anything runs: about what it will take, and whether there is as much."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from nexus_core.checkpoint.reader import INDEX_NAME
 from nexus_core.checkpoint.source import Checkpoint
-from nexus_core.data.prompts import check_prompts
-from nexus_core.data.records import check_source
-from nexus_core.errors import CheckpointError, DataError, PluginError, Problem, RecipeError, UsageError
+from nexus_core.errors import CheckpointError, PluginError, UsageError
 from nexus_core.estimate import (
     Device,
     ModelSize,
@@ -28,8 +25,7 @@ from nexus_core.models import choose_device
 from nexus_core.pipeline.machine import found_device, free_disk_bytes, host_memory_bytes, on_one_disk
 from nexus_core.pipeline.prompts import look_at_prompts
 from nexus_core.processes import world
-from nexus_core.recipe.checks import check_against_model
-from nexus_core.recipe.schema import Recipe, Records, Source
+from nexus_core.recipe.schema import Recipe
 from nexus_core.routing import ROUTER_DELTA
 from nexus_core.stages.collect import wanted_statistics
 from nexus_core.stages.train import training_objective
@@ -174,26 +170,6 @@ class Preflight:
             best = misfit.ways_out[0]
             return f"{said}. Not even {' '.join(best.settings)} would be enough ({size(best.needs_bytes)})"
         return f"{said}; a smaller model or a larger device is needed"
-
-
-def check_inputs(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """See that the recipe fits the model and that all of its data is there. Raises RecipeError with all that is not."""
-    problems = check_against_model(recipe, checkpoint.description)
-    sets: list[tuple[str, Callable[[Any, str], str], Sequence[Records]]] = [
-        (f"data.{name}", check_source, sources) for name, sources in recipe.data.items()
-    ]
-    sets += [(f"generate.{name}.prompts", check_prompts, item.prompts) for name, item in recipe.generate.items()]
-    for key, check, sources in sets:
-        for position, source in enumerate(sources):
-            if isinstance(source, Source) and source.generated:
-                continue  # its prompts are looked at
-            where = recipe.location(f"{key}.{position}.path")
-            try:
-                check(source, where)
-            except DataError as error:
-                problems.append(Problem(where, f"{key}.{position}", str(error).removeprefix(f"{where}: ")))
-    if problems:
-        raise RecipeError(problems)
 
 
 def look_ahead(

@@ -163,9 +163,9 @@ class _Enough(Exception):
     """The steps that were wanted have been taken."""
 
 
-def random_sequences(vocabulary_size: int, count: int, length: int, seed: int = 0) -> PackedSequences:
-    """Sequences of random tokens, each one document, for models without a tokenizer."""
-    generator = torch.Generator().manual_seed(seed)
+def random_sequences(vocabulary_size: int, count: int, length: int) -> PackedSequences:
+    """Sequences of random tokens, always the same, each one document, for models without a tokenizer."""
+    generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary_size, (count, length + 1), generator=generator)
     positions = torch.arange(length).expand(count, -1).contiguous()
     return PackedSequences(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,11 +19,12 @@ from nexus_core.models import choose_device
 from nexus_core.pipeline.environment import execution, versions
 from nexus_core.pipeline.failures import explained
 from nexus_core.pipeline.follow import dismiss, follow, with_followers
+from nexus_core.pipeline.inputs import check_inputs, check_splits
 from nexus_core.pipeline.observers import Observers
 from nexus_core.pipeline.order import from_there_on
 from nexus_core.pipeline.outline import other_teacher
 from nexus_core.pipeline.plan import Plan, Step, plan_recipe
-from nexus_core.pipeline.preflight import check_inputs, look_ahead
+from nexus_core.pipeline.preflight import look_ahead
 from nexus_core.pipeline.store import plain
 from nexus_core.plugins import installed
 from nexus_core.processes import world
@@ -52,7 +53,7 @@ def run_recipe(
     recipe: Recipe,
     *,
     until: str | None = None,
-    rerun: Iterable[str] = (),
+    rerun: Collection[str] = (),
     verify: bool = False,
     anyway: bool = False,
     on_outcome: OnOutcome = lambda outcome: None,
@@ -71,13 +72,15 @@ def run_recipe(
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.revision)
     check_inputs(recipe, checkpoint)
     plan = plan_recipe(recipe, until=until, verify=verify, checkpoint=checkpoint)
+    again = from_there_on([step.stage for step in plan.steps], rerun)
+    to_run = [step.stage.name for step in plan.steps if step.found is None or step.stage.name in again]
+    check_splits(recipe, to_run)
     if not anyway:
-        to_run = [step.stage.name for step in plan.steps if step.found is None or step.stage.name in rerun]
         look_ahead(recipe, checkpoint, teacher=other_teacher(recipe), timed=False).refuse_misfits(to_run)
     return execute(plan, rerun=rerun, on_outcome=on_outcome)
 
 
-def execute(plan: Plan, *, rerun: Iterable[str] = (), on_outcome: OnOutcome = lambda outcome: None) -> RunResult:
+def execute(plan: Plan, *, rerun: Collection[str] = (), on_outcome: OnOutcome = lambda outcome: None) -> RunResult:
     """Carry out a plan, on the first process. Raises as `run_recipe`."""
     again = from_there_on([step.stage for step in plan.steps], rerun)
     device = choose_device(plan.recipe.run.device)
@@ -167,6 +170,8 @@ def _run(
                 "nexus_metrics", stage=stage.name, step=step_number, values=values
             ),
         )
+        # Families tell of the whole process: of a stage without a model only what it was the first to use is its own.
+        others = {} if stage.runs_model else dict(plan.checkpoint.family.hook.nexus_backends())
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         started = time.monotonic()
         try:
@@ -175,7 +180,9 @@ def _run(
             if not stage.resumes:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        backends = dict(plan.checkpoint.family.hook.nexus_backends())
+        backends = {
+            part: name for part, name in plan.checkpoint.family.hook.nexus_backends().items() if part not in others
+        }
         if backends:
             _say(stage.name, "computed by " + ", ".join(f"{name} ({part})" for part, name in backends.items()))
         record = store.finish(

@@ -54,19 +54,22 @@ def recipe_from(settings: Mapping[str, Any], *, name: str = "recipe", overrides:
 
 
 def section_from(
-    section: type[SectionModel], values: Mapping[str, Any], assignments: Sequence[str] = ()
+    section: type[SectionModel],
+    values: Mapping[str, Any],
+    assignments: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
 ) -> SectionModel:
     """One section of a recipe as a command's flags give it: `section_from(Select, {"top_k": 24}, ("scale=2",))`.
 
     section: the model of a top-level section, or of those that one holds by name. values: by key; None is a flag that
-    was not given. assignments: what `--set` got, with keys inside the section. Checked and completed like a recipe's;
-    raises RecipeError naming flags.
+    was not given. assignments: what `--set` got, with keys inside the section. flags: by key, where a flag is called
+    something else. Checked and completed like a recipe's; raises RecipeError naming flags.
     """
     fields = {field.alias or name: field for name, field in Recipe.model_fields.items()}
     name = next(key for key, field in fields.items() if section in (field.annotation, *get_args(field.annotation)))
     given = {key: deepcopy(value) for key, value in values.items() if value is not None}
     command = Place(f"nexus {name}", f"nexus {name}")
-    flags = {key: f"--{key.replace('_', '-')}" for key in given}
+    flags = {key: f"--{key.replace('_', '-')}" for key in given} | dict(flags or {})
     places: dict[KeyPath, Place] = {(): command, (name,): command}
     places |= {(name, key): Place(flag, flag) for key, flag in flags.items()}
     located = Located(f"nexus {name}", {name: given}, places)

@@ -230,13 +230,18 @@ class Recipe(Section):
         return self._locations.get(key, self._name)
 
     @property
+    def trained_sets(self) -> tuple[str, ...]:
+        """Names of the data sets that are trained on: all, unless `train.data` names some."""
+        return tuple(self.train.data or self.data)
+
+    @property
     def learnt_sets(self) -> tuple[str, ...]:
         """Names of the data sets to learn from."""
         if self.train.learn is not None:
             return tuple(self.train.learn)
-        return tuple(self.train.data or self.data)[:1]
+        return self.trained_sets[:1]
 
     @property
     def kept_sets(self) -> tuple[str, ...]:
         """Names of the trained data sets that are to be kept as they are."""
-        return tuple(name for name in (self.train.data or self.data) if name not in self.learnt_sets)
+        return tuple(name for name in self.trained_sets if name not in self.learnt_sets)

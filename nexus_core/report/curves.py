@@ -23,7 +23,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb0", "#d9822b", "#3a9a5b", "#b8433f", "#7
 COLOURS = (BLUE, ORANGE, GREEN, RED)
 
 
-def training_curves(rows: Rows, title: str = "Training", losses: Sequence[str] = tuple(PART_TITLES)) -> Figure:
+def training_curves(rows: Rows, title: str, losses: Sequence[str]) -> Figure:
     """Six panels over the steps of metrics.jsonl, eight with held-out text; one without values stays empty.
 
     rows: as in the file; values that a run did not compute may be missing. losses: names of the run's losses. Thin

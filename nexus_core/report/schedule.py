@@ -18,8 +18,8 @@ BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#777777"
 def schedule_picture(
     learning_rates: Sequence[float],
     temperatures: Sequence[float],
-    marked_step: int | None = None,
-    mark: str = "router stops learning",
+    marked_step: int | None,
+    mark: str,
 ) -> Figure:
     """Learning rate and temperature of steps 1, 2, ...; marked_step: after which `mark` is true, None for none."""
     from matplotlib.figure import Figure

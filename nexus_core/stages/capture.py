@@ -147,8 +147,8 @@ def vocabulary_digest(folder: Path) -> str:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    train, names = recipe.train, recipe.train.data or recipe.data
-    sets = {name: recipe.data[name] for name in names}
+    train = recipe.train
+    sets = {name: recipe.data[name] for name in recipe.trained_sets}
     teacher = train.teacher.model_dump(mode="json", exclude={"kind", "path", "revision"})
     if train.teacher.path is not None:
         other = open_checkpoint(train.teacher.path, train.teacher.revision)
@@ -168,7 +168,7 @@ def _run(context: StageContext) -> Metrics:
     recipe = context.recipe
     return capture(
         context.checkpoint,
-        {name: context.data[name] for name in recipe.train.data or recipe.data},
+        {name: context.data[name] for name in recipe.trained_sets},
         recipe.train,
         recipe.learnt_sets,
         context.out,
@@ -184,8 +184,9 @@ STAGE = Stage(
     inputs=(GENERATE,),
     settings=_settings,
     run=_run,
-    sets=lambda recipe: recipe.train.data or recipe.data,
+    sets=lambda recipe: recipe.trained_sets,
     resumes=True,
     splits=True,
+    runs_model=True,
     wanted=lambda recipe: recipe.train.teacher.kind == "offline",
 )

@@ -275,4 +275,5 @@ STAGE = Stage(
     sets=lambda recipe: recipe.collect.data or recipe.data,
     resumes=True,
     splits=True,
+    runs_model=True,
 )

@@ -266,5 +266,6 @@ STAGE = Stage(
     run=_run,
     resumes=True,
     splits=True,
+    runs_model=True,
     wanted=lambda recipe: reads_generated(recipe, recipe.data),
 )

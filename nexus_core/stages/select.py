@@ -20,14 +20,11 @@ from nexus_core.select import LayerStatistics, Selection, choose_experts, write_
 from nexus_core.select.overlap import explained_share, overlap, routed_share
 from nexus_core.select.selection import TopK
 from nexus_core.stages.stage import Metrics, Stage, StageContext
-from nexus_core.stages.strategies import choose_strategy
+from nexus_core.stages.strategies import EXPERT_NORMS, choose_strategy
 from nexus_core.statistics.moments import RouterStatistics
 from nexus_core.types import Strategy
 
 COMPARISON_NAME = "comparison.json"
-
-# What strategies call the sums over experts' outputs in their `needs`.
-NEED_EXPERT_NORMS = "expert_norms"
 
 
 def select(statistics: Path, settings: Select, out: Path) -> Metrics:
@@ -120,7 +117,7 @@ def _top_k_by_layer(settings: Select, stats: RouterStatistics) -> Sequence[TopK]
 
 
 def _refuse_missing(strategy: Strategy, stats: RouterStatistics, where: Path) -> None:
-    if NEED_EXPERT_NORMS in strategy.needs and stats.output_norm_sum is None:
+    if EXPERT_NORMS in strategy.needs and stats.output_norm_sum is None:
         raise SelectionError(
             f"{where}: selection strategy '{strategy.name}' needs the norms of the experts' outputs, which were not "
             "gathered; collect again with expert_norms (--expert-norms)"

@@ -52,7 +52,8 @@ class Stage:
     with version, inputs' keys and the model's fingerprint it makes the key. run: fills `context.out` and returns the
     stage's final numbers. sets: names of the data sets it reads. resumes: whether `run` can go on from a partial
     folder. splits: whether every process calls `run`, each with the same inputs and `out`, to do its part; else the
-    first one alone does. wanted: whether a recipe has this stage at all; later stages get it as an input only then.
+    first one alone does. runs_model: whether it runs a model, by implementations that its family may choose. wanted:
+    whether a recipe has this stage at all; later stages get it as an input only then.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Stage:
     sets: Callable[[Recipe], Collection[str]] = lambda recipe: recipe.data
     resumes: bool = False
     splits: bool = False
+    runs_model: bool = False
     wanted: Callable[[Recipe], bool] = lambda recipe: True
 
     def for_recipe(self, recipe: Recipe) -> Stage:

@@ -234,11 +234,12 @@ def _settings(recipe: Recipe) -> dict[str, object]:
     # What of the teacher matters is in the key of what capture stored.
     excluded = {*NOT_IN_THE_KEY, "teacher", "start_from"}
     section = recipe.train.model_dump(mode="json", exclude=excluded)
-    names = recipe.train.data or recipe.data
     settings = section | {
         "teacher": recipe.train.teacher.kind,
         "learn": list(recipe.learnt_sets),
-        "sources": {name: [source.model_dump(mode="json") for source in recipe.data[name]] for name in names},
+        "sources": {
+            name: [source.model_dump(mode="json") for source in recipe.data[name]] for name in recipe.trained_sets
+        },
         "dtype": recipe.model.dtype,
     }
     if recipe.train.start_from is not None:
@@ -250,7 +251,7 @@ def _run(context: StageContext) -> Metrics:
     recipe = context.recipe
     return train(
         open_checkpoint(context.inputs["convert"]),
-        {name: context.data[name] for name in recipe.train.data or recipe.data},
+        {name: context.data[name] for name in recipe.trained_sets},
         recipe.train,
         recipe.learnt_sets,
         context.out,
@@ -268,7 +269,8 @@ STAGE = Stage(
     inputs=(GENERATE, "convert", "capture"),
     settings=_settings,
     run=_run,
-    sets=lambda recipe: recipe.train.data or recipe.data,
+    sets=lambda recipe: recipe.trained_sets,
     resumes=True,
     splits=True,
+    runs_model=True,
 )

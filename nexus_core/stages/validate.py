@@ -219,4 +219,12 @@ def _run(context: StageContext) -> Metrics:
     )
 
 
-STAGE = Stage(name="validate", version=2, inputs=(GENERATE, "train"), settings=_settings, run=_run, splits=True)
+STAGE = Stage(
+    name="validate",
+    version=2,
+    inputs=(GENERATE, "train"),
+    settings=_settings,
+    run=_run,
+    splits=True,
+    runs_model=True,
+)

@@ -38,14 +38,15 @@ class MlflowObserver:
     """Records one run at a time, by default in `<store>/mlflow.db`, or at `run.tracking.uri`.
 
     Nothing here can fail a run: the first thing that goes wrong is said in one warning, and the rest of the run goes
-    unrecorded. Numbers of a step are buffered and written every few seconds, for one write costs tens of milliseconds.
+    unrecorded: is_recording tells. Numbers of a step are buffered and written every few seconds, for one write costs
+    tens of milliseconds.
     """
 
     def __init__(self, tracking: Tracking, store: Path):
         self.uri = tracking.uri or default_uri(store)
         self._experiment = tracking.experiment
         self._store = store
-        self._is_recording = tracking.enabled
+        self.is_recording = tracking.enabled
         self._connected: MlflowClient | None = None
         self._parent_id = ""
         self._run_ids: dict[str, str] = {}
@@ -79,12 +80,12 @@ class MlflowObserver:
         self._record(lambda: self._finish_run(status))
 
     def _record(self, write: Callable[[], None]) -> None:
-        if not self._is_recording:
+        if not self.is_recording:
             return
         try:
             write()
         except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the system's
-            self._is_recording = False
+            self.is_recording = False
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             log.warning(
                 "tracking: %s cannot be written to (%s); the run goes on, the rest of it is not recorded in MLflow",

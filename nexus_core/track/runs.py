@@ -47,7 +47,9 @@ def recorded_runs(uri: str, experiment: str | None = None) -> list[RecordedRun]:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's, requests' and the system's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UsageError(f"{uri}: recorded runs cannot be read: {reason}") from error
+        raise UsageError(
+            f"{uri}: recorded runs cannot be read: {reason}; name another place with --store or --uri"
+        ) from error
 
 
 def choose(runs: list[RecordedRun], named: tuple[str, ...], last: int | None = None) -> list[RecordedRun]:

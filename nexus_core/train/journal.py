@@ -8,6 +8,9 @@ from pathlib import Path
 
 Row = dict[str, float]
 
+# Of a run's steps, those at its end that its final numbers are means over.
+LAST_SHARE = 0.1
+
 
 class Journal:
     """A file of rows {"step": n, name: value, ...}, in order of steps; a row is on disk when `write` returns."""
@@ -38,8 +41,8 @@ class Journal:
         partial.replace(self.path)
 
 
-def mean_of_last(rows: list[Row], name: str, share: float = 0.1) -> float | None:
-    """The mean of a value over the last `share` of the steps, at least one; None if no row has it."""
+def mean_of_last(rows: list[Row], name: str) -> float | None:
+    """The mean of a value over the last tenth of the steps, at least one; None if no row has it."""
     values = [row[name] for row in rows if name in row and row["step"] > 0]
-    last = values[-max(1, round(share * len(values))) :]
+    last = values[-max(1, round(LAST_SHARE * len(values))) :]
     return sum(last) / len(last) if last else None

@@ -8,11 +8,12 @@ and why what stands before it in the list was not, is remembered: `in_use()` tel
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nexus_core.errors import UsageError
+from nexus_core.errors import UsageError, is_out_of_memory
 
 PARTS = ("decode", "experts", "attention")
 
@@ -70,7 +71,8 @@ def choose(
 
     candidates: by name, best first, functions that make and check one, and raise Unavailable, or whatever goes wrong,
     if it cannot be used. where: what the choice holds for, such as "cpu". is_forced: candidates are what the
-    environment left. seconds: times one. Raises UsageError if none can be made.
+    environment left. seconds: times one. Raises UsageError if none can be made, that memory ran out if it did, and what
+    a candidate says of how it was asked for.
     """
     remembered = _chosen.get((part, key))
     if remembered is not None:
@@ -78,16 +80,25 @@ def choose(
         return made
     passed_over: dict[str, str] = {}
     working: dict[str, tuple[float, Implementation]] = {}
+    out_of_memory: Exception | None = None
     for name, make in candidates.items():
         try:
-            found = make()
-            working[name] = (seconds(found) if seconds and len(candidates) > 1 else 0.0, found)
+            with _own_gradients():
+                found = make()
+                working[name] = (seconds(found) if seconds and len(candidates) > 1 else 0.0, found)
+        except UsageError:
+            raise
         except Exception as error:
             # A compiler that is missing or too old shows as any exception; the next candidate then does the work.
             passed_over[name] = _reason(error)
+            if is_out_of_memory(error):
+                # Without the frames, whose tensors the next candidate would find still held.
+                out_of_memory = error.with_traceback(None)
             continue
         if seconds is None:
             break
+    if not working and out_of_memory:
+        raise out_of_memory
     if not working:
         tried = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
         way_out = f"; unset {variable(part)}" if is_forced else ""
@@ -117,6 +128,26 @@ def forget() -> None:
     _chosen.clear()
 
 
+@contextmanager
+def _own_gradients() -> Iterator[None]:
+    """For gradients that begin and end here, whatever becomes of the tensors of the pass that is under way.
+
+    Checkpointing, which this may be inside of, drops what is saved for the way back, and would run the pass again as
+    soon as the first of these gradients is asked for.
+    """
+    from torch.autograd.graph import saved_tensors_hooks
+
+    # Of several hooks only the last counts: one that keeps what it is given.
+    with saved_tensors_hooks(_itself, _itself):
+        yield
+
+
+def _itself(tensor: Any) -> Any:
+    return tensor
+
+
 def _reason(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0][:200]
-    return text if isinstance(error, Unavailable) else f"{type(error).__name__}: {text}"
+    lines = str(error).strip().split("\n")
+    # torch.compile says who raised on one line, and what on the next.
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text[:200] if isinstance(error, Unavailable) else f"{type(error).__name__}: {text[:200]}"

@@ -27,9 +27,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
-from nexus_core.additions import RouterDelta, SharedExpert
+from nexus_core.additions import RouterDelta, SharedExpert, refuse_unless_attachable
 from nexus_core.checkpoint.reader import CheckpointReader
-from nexus_core.errors import CheckpointError, UsageError
+from nexus_core.errors import CheckpointError
 from nexus_core.families.strict import StrictlyLoaded, some
 from nexus_gpt_oss.attention.layer import NexusGptOssAttention, visibilities
 from nexus_gpt_oss.configuration import NexusGptOssConfig
@@ -270,10 +270,7 @@ class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GptOssForCausalLM):
 
         Raises UsageError if width is not positive or the model has shared experts already.
         """
-        if width < 1:
-            raise UsageError(f"a shared expert of width {width}: it must have at least one neuron")
-        if self.config.shared_expert_width:
-            raise UsageError(f"this model already has shared experts, of width {self.config.shared_expert_width}")
+        refuse_unless_attachable(self.config, width)
         self.config.shared_expert_width = width
         for layer in self.model.layers:
             weight = layer.mlp.router.weight

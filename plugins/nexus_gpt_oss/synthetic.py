@@ -174,19 +174,19 @@ def build(
     device: str = "cpu",
     *,
     seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
 ) -> NexusGptOssForCausalLM:
-    """A base model of a shape, in evaluation mode, made on a device without files: no more memory than it takes.
+    """A base model of a shape, in bfloat16 and evaluation mode, made on a device without files: no more memory than it
+    takes.
 
-    On a CPU and in bfloat16 its tensors are those that `write` gives for the same seed; a GPU draws its own.
+    On a CPU its tensors are those that `write` gives for the same seed; a GPU draws its own.
     """
-    return build_of(config(shape, layers), device, seed=seed, dtype=dtype)
+    return build_of(config(shape, layers), device, seed=seed)
 
 
 def build_of(
     config: Mapping[str, Any], device: str = "cpu", *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> NexusGptOssForCausalLM:
-    """As `build`, of a whole config."""
+    """As `build`, of a whole config and in any type."""
     from transformers.initialization import no_init_weights
 
     from nexus_gpt_oss.configuration import NexusGptOssConfig
@@ -212,7 +212,6 @@ def write(
     config: Mapping[str, Any],
     *,
     seed: int = 0,
-    shard_bytes: int = SHARD_BYTES,
     tokenizer: bool = False,
 ) -> int:
     """Write a random checkpoint into a new or empty folder and return its bytes.
@@ -224,7 +223,7 @@ def write(
         raise UsageError(f"{folder}: is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     plans = tensor_plans(config)
-    shards = list(_shards(plans, shard_bytes))
+    shards = list(_shards(plans))
     generator = torch.Generator().manual_seed(seed)
     total_bytes = sum(plan.stored_bytes for plan in plans.values())
     with Progress("synthetic", total_bytes, "bytes") as progress:
@@ -242,11 +241,11 @@ def write(
     return total_bytes
 
 
-def _shards(plans: Mapping[str, TensorPlan], shard_bytes: int) -> Iterator[list[str]]:
+def _shards(plans: Mapping[str, TensorPlan]) -> Iterator[list[str]]:
     names: list[str] = []
     filled = 0
     for name, plan in plans.items():
-        if names and filled + plan.stored_bytes > shard_bytes:
+        if names and filled + plan.stored_bytes > SHARD_BYTES:
             yield names
             names, filled = [], 0
         names.append(name)

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from nexus_core.additions import RouterDelta, SharedExpert
-from nexus_core.errors import UsageError
+from nexus_core.additions import RouterDelta, SharedExpert, refuse_unless_attachable
 from nexus_core.families.strict import StrictlyLoaded
 from nexus_core.types import MoeBlock
 from nexus_my_moe.base import MyMoeConfig, MyMoeForCausalLM, route
@@ -64,10 +63,7 @@ class NexusMyMoeForCausalLM(StrictlyLoaded, MyMoeForCausalLM):
 
     def attach_shared_expert(self, width: int) -> None:
         """Raises UsageError if width is not positive, or the model has shared experts already."""
-        if width < 1:
-            raise UsageError(f"a shared expert of width {width}: it must have at least one neuron")
-        if self.config.shared_expert_width:
-            raise UsageError(f"this model already has shared experts, of width {self.config.shared_expert_width}")
+        refuse_unless_attachable(self.config, width)
         self.config.shared_expert_width = width
         for found in self.moe_blocks():
             weight = found.router.weight

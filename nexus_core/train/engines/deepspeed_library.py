@@ -44,14 +44,15 @@ def deepspeed_library(device: torch.device) -> Any:
         if device.type == "cpu":
             _without_shared_memory_collectives(deepspeed)
         if not distributed.is_initialized():
-            _meet_nobody()
+            _meet_nobody(device)
         deepspeed.init_distributed(verbose=False)
     return deepspeed
 
 
-def _meet_nobody() -> None:
+def _meet_nobody(device: torch.device) -> None:
     """Make the group of one process, which offloads: DeepSpeed would look for a launcher."""
-    os.environ.setdefault("LOCAL_RANK", "0")
+    # Its number is, to DeepSpeed, that of its GPU.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
 

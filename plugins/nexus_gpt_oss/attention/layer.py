@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, apply_rotary_pos_emb
 
-from nexus_gpt_oss.attention.choice import EAGER, attention_for, avoids_scores
+from nexus_gpt_oss.attention.choice import EAGER, Sizes, attention_for, avoids_scores
 from nexus_gpt_oss.attention.visibility import Visibility, documents
 
 # B sequences, S positions, D hidden size
@@ -37,7 +37,8 @@ class NexusGptOssAttention(GptOssAttention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = attention_for(query.device, query.dtype, self.head_dim)
+        sizes = Sizes(query.shape[1], key.shape[1], self.head_dim, self.config.sliding_window)
+        attend = attention_for(query.device, query.dtype, sizes)
         mixed = attend(query, key, value, self.sinks, attention_mask, self.scaling)
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
 

@@ -2,7 +2,7 @@
 
     loop      one expert after the other, plain torch: CPUs, and what the others are checked against
     grouped   experts decoded a group at a time into a bounded buffer, grouped products: GPUs
-    fused     decoded inside the product, never written: GPUs, with Triton, where it is faster
+    fused     decoded inside the product, never written: GPUs, with Triton, in bfloat16, where it is faster
 
 NEXUS_GPT_OSS_EXPERTS=loop, grouped or fused forces one; NEXUS_GPT_OSS_DECODED_MB bounds grouped's buffer (256).
 """

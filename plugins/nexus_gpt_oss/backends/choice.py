@@ -75,11 +75,13 @@ def _variants(name: str, device: torch.device, dtype: torch.dtype, is_timed: boo
     if name == "loop":
         return {name: LoopBackend}
     if name == "grouped":
-        return {name: lambda: _grouped(device, dtype)}
+        return _grouped(device, dtype)
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        return {name: partial(_unavailable, f"multiplies bfloat16 on a GPU, not {dtype}")}
     try:
         from nexus_gpt_oss.backends import fused
     except ImportError as error:
-        return {name: partial(_missing, str(error.name or error))}
+        return {name: partial(_unavailable, f"{error.name or error} is not installed")}
 
     def made(tile: fused.Tile) -> ExpertsBackend:
         return checked(SortedBackend(fused.FusedProducts(tile)), device, dtype)
@@ -89,24 +91,22 @@ def _variants(name: str, device: torch.device, dtype: torch.dtype, is_timed: boo
     return {f"{name} {tile.rows}x{tile.columns}": partial(made, tile) for tile in fused.TILES}
 
 
-def _missing(module: str) -> ExpertsBackend:
-    raise execution.Unavailable(f"{module} is not installed")
+def _unavailable(reason: str) -> ExpertsBackend:
+    raise execution.Unavailable(reason)
 
 
-def _grouped(device: torch.device, dtype: torch.dtype) -> ExpertsBackend:
-    """With torch's grouped products where they work, else with one product after the other; always so on a CPU, where
-    nothing is launched and torch's would take memory that is then copied.
+def _grouped(device: torch.device, dtype: torch.dtype) -> Mapping[str, Make]:
+    """With torch's grouped products, and with one product after the other, for types, layouts and devices that torch
+    has no kernel for; only so on a CPU, where nothing is launched and torch's would take memory that is then copied.
     """
-    if device.type != "cpu":
-        try:
-            return checked(_grouped_by(grouped.multiply_by_torch), device, dtype)
-        except Exception:  # whatever torch says of a type, layout or device that it has no kernel for
-            pass
-    return checked(_grouped_by(grouped.multiply_in_turn), device, dtype)
 
+    def made(multiply: grouped.GroupedProduct) -> ExpertsBackend:
+        return checked(SortedBackend(grouped.GroupedProducts(grouped.buffer_bytes(), multiply)), device, dtype)
 
-def _grouped_by(multiply: grouped.GroupedProduct) -> ExpertsBackend:
-    return SortedBackend(grouped.GroupedProducts(grouped.buffer_bytes(), multiply))
+    in_turn = partial(made, grouped.multiply_in_turn)
+    if device.type == "cpu":
+        return {"grouped": in_turn}
+    return {"grouped": partial(made, grouped.multiply_by_torch), "grouped in turn": in_turn}
 
 
 # Choosing may happen in inference mode, whose tensors know no gradients.

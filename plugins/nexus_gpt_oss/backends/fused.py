@@ -29,6 +29,18 @@ class Tile:
     depth: int
     warps: int
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What a kernel for this tile is compiled with."""
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "GROUP_BYTES": GROUP_BYTES,
+            # The interpreter has no bfloat16 products.
+            "COMPUTE": tl.float32 if is_interpreted() else tl.bfloat16,
+        }
+
 
 # Small ones for few rows an expert, large ones so that a decoded weight is used by as many rows as possible.
 TILES = (Tile(16, 64, 128, 4), Tile(64, 128, 64, 4), Tile(128, 128, 64, 8), Tile(256, 64, 64, 8))
@@ -62,8 +74,6 @@ class FusedProducts:
         programs = len(tiles_P3) * triton.cdiv(product.shape[1], tile.columns)
         if not programs:
             return
-        # The interpreter has no bfloat16 products.
-        multiplies_float32 = rows.dtype == torch.float32 or is_interpreted()
         with torch.cuda.device_of(rows):
             kernel[(programs,)](
                 rows.contiguous(),
@@ -74,11 +84,7 @@ class FusedProducts:
                 tiles_P3,
                 matrix.outputs,
                 matrix.inputs,
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                DEPTH=tile.depth,
-                GROUP_BYTES=GROUP_BYTES,
-                COMPUTE=tl.float32 if multiplies_float32 else tl.bfloat16,
+                **tile.constants,
                 num_warps=tile.warps,
             )
 

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
 from torch.nn import functional
 
 from nexus_core.errors import UsageError
-from nexus_gpt_oss.backends.rows import PackedMatrix, SortedRows
+from nexus_gpt_oss.backends.rows import PackedMatrix, SortedRows, sent
 from nexus_gpt_oss.backends.workspace import workspace
 from nexus_gpt_oss.decoding.format import PAIR_TYPES
 from nexus_gpt_oss.mxfp4 import decode
@@ -24,9 +24,9 @@ BUFFER_VARIABLE = "NEXUS_GPT_OSS_DECODED_MB"
 # take 0.17 ms at 400 TFLOP/s, against about 10 us for launching. A larger buffer only takes memory.
 DEFAULT_BUFFER_MB = 256
 
-# Rows (S, X) of N groups that end at `ends_N`, int32, times matrices (N, X, Y), and a bias (S, Y) if there is one, are
-# written to the last (S, Y).
-GroupedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], None]
+# Rows (S, X) of N groups that end at `stops`, times matrices (N, X, Y), plus a bias (S, Y) if there is one, are written
+# to the last (S, Y).
+GroupedProduct = Callable[[torch.Tensor, torch.Tensor, Sequence[int], torch.Tensor | None, torch.Tensor], None]
 
 
 class GroupedProducts:
@@ -38,32 +38,28 @@ class GroupedProducts:
         self._buffer_bytes, self._multiply = buffer_bytes, multiply
 
     def outputs(self, matrix: PackedMatrix, rows: SortedRows, rows_RI: torch.Tensor, out: torch.Tensor) -> None:
-        for experts, place, ends_N in self._groups(matrix, rows, rows_RI.dtype):
+        for experts, place, stops in self._groups(matrix, rows, rows_RI.dtype):
             bias = matrix.bias_of(rows.experts_R[place], rows_RI.dtype)
             # Decoded experts get no name, here and below: it would hold them while the next are made.
             self._multiply(
-                rows_RI[place], _decoded(matrix, experts, rows_RI.dtype).transpose(1, 2), ends_N, bias, out[place]
+                rows_RI[place], _decoded(matrix, experts, rows_RI.dtype).transpose(1, 2), stops, bias, out[place]
             )
 
     def inputs(self, matrix: PackedMatrix, rows: SortedRows, grad_RO: torch.Tensor, out: torch.Tensor) -> None:
-        for experts, place, ends_N in self._groups(matrix, rows, grad_RO.dtype):
-            self._multiply(grad_RO[place], _decoded(matrix, experts, grad_RO.dtype), ends_N, None, out[place])
+        for experts, place, stops in self._groups(matrix, rows, grad_RO.dtype):
+            self._multiply(grad_RO[place], _decoded(matrix, experts, grad_RO.dtype), stops, None, out[place])
 
     def _groups(
         self, matrix: PackedMatrix, rows: SortedRows, dtype: torch.dtype
-    ) -> Iterator[tuple[list[int], slice, torch.Tensor]]:
+    ) -> Iterator[tuple[list[int], slice, list[int]]]:
         """Experts with rows, as many as the buffer holds; their rows; and where in these each one's end."""
         expert_bytes = matrix.outputs * matrix.inputs * max(dtype.itemsize, 2)
         size = max(1, self._buffer_bytes // expert_bytes)
         chosen = list(rows.by_expert())
         for start in range(0, len(chosen), size):
             group = chosen[start : start + size]
-            first = group[0][1].start
-            yield (
-                [expert for expert, _ in group],
-                slice(first, group[-1][1].stop),
-                rows.ends_N[start : start + size] - first,
-            )
+            place = slice(group[0][1].start, group[-1][1].stop)
+            yield [expert for expert, _ in group], place, [of_expert.stop - place.start for _, of_expert in group]
 
 
 def buffer_bytes() -> int:
@@ -77,12 +73,12 @@ def buffer_bytes() -> int:
 def multiply_by_torch(
     rows_SX: torch.Tensor,
     matrices_NXY: torch.Tensor,
-    ends_N: torch.Tensor,
+    stops: Sequence[int],
     bias_SY: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """By torch.nn.functional.grouped_mm: one launch for all groups."""
-    product_SY = functional.grouped_mm(rows_SX, matrices_NXY, offs=ends_N)
+    product_SY = functional.grouped_mm(rows_SX, matrices_NXY, offs=sent(stops, rows_SX.device))
     if bias_SY is None:
         out.copy_(product_SY)
     else:
@@ -92,13 +88,13 @@ def multiply_by_torch(
 def multiply_in_turn(
     rows_SX: torch.Tensor,
     matrices_NXY: torch.Tensor,
-    ends_N: torch.Tensor,
+    stops: Sequence[int],
     bias_SY: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """One product after the other, for types and devices that grouped_mm does not know."""
     start = 0
-    for matrix_XY, stop in zip(matrices_NXY, ends_N.tolist(), strict=True):
+    for matrix_XY, stop in zip(matrices_NXY, stops, strict=True):
         torch.mm(rows_SX[start:stop], matrix_XY, out=out[start:stop])
         start = stop
     if bias_SY is not None:

@@ -103,11 +103,6 @@ class SortedRows:
         experts = torch.arange(len(self.counts), device=device)
         return torch.repeat_interleave(experts, sent(self.counts, device), output_size=len(self.order_R))
 
-    @cached_property
-    def ends_N(self) -> torch.Tensor:
-        """int32: where the rows of each expert that has some end."""
-        return sent([rows.stop for _, rows in self.by_expert()], self.order_R.device)
-
     def by_expert(self) -> Iterator[tuple[int, slice]]:
         """Each expert that has rows, and which."""
         start = 0

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from nexus_core.additions import RouterDelta, SharedExpert
-from nexus_core.errors import UsageError
+from nexus_core.additions import RouterDelta, SharedExpert, refuse_unless_attachable
 from nexus_core.families.strict import StrictlyLoaded
 from nexus_core.types import MoeBlock
 from nexus_toy_moe.base import ToyMoeConfig, ToyMoeForCausalLM, gelu_gate, route
@@ -59,10 +58,7 @@ class NexusToyMoeForCausalLM(StrictlyLoaded, ToyMoeForCausalLM):
 
     def attach_shared_expert(self, width: int) -> None:
         """Raises UsageError if width is not positive, or the model has shared experts already."""
-        if width < 1:
-            raise UsageError(f"a shared expert of width {width}: it must have at least one neuron")
-        if self.config.shared_expert_width:
-            raise UsageError(f"this model already has shared experts, of width {self.config.shared_expert_width}")
+        refuse_unless_attachable(self.config, width)
         self.config.shared_expert_width = width
         for found in self.moe_blocks():
             weight = found.router.weight
