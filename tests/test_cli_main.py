@@ -191,3 +191,10 @@ def test_python_m_is_the_same(tmp_path: Path) -> None:
         [sys.executable, "-m", "nexus_core", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert __version__ in done.stdout
+
+
+def test_warnings_begin_as_all_other_lines_do() -> None:
+    script = "from nexus_core.cli.output import quieten; quieten(); import logging; "
+    script += "logging.getLogger('nexus_core.data').warning('%s is left out', 'x'); logging.getLogger('y').warning('z')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: x is left out\n"

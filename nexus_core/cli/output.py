@@ -44,6 +44,13 @@ QUIET_ENVIRONMENT = {
 THREAD_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
 
+class _Line(logging.Formatter):
+    """Begins as the lines that training and `nexus check` write: "warning: ..."."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
 def quieten(debug: bool = False) -> None:
     """Silence what other libraries say about themselves; called before any of them is imported.
 
@@ -52,7 +59,9 @@ def quieten(debug: bool = False) -> None:
     """
     for name, value in THREAD_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO if debug else logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line())
+    logging.basicConfig(handlers=[handler], level=logging.INFO if debug else logging.ERROR)
     logging.getLogger("nexus_core").setLevel(logging.DEBUG if debug else logging.WARNING)
     if debug:
         return
