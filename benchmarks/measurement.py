@@ -68,17 +68,18 @@ class AnonymousMemory:
     """Peak anonymous memory of this process while the context lasts, above what it was at its start, in bytes.
 
     Sampled from /proc (Linux, glibc). Mapped file pages don't count: they are the page cache's, not the program's.
+    reuses_freed: what was freed before and the allocator kept is used again without being counted.
     """
 
-    def __init__(self, interval_seconds: float = 0.002):
+    def __init__(self, interval_seconds: float = 0.002, *, reuses_freed: bool = False):
         self.peak_bytes = 0
-        self._interval_seconds = interval_seconds
+        self._interval_seconds, self._reuses_freed = interval_seconds, reuses_freed
         self._ended = threading.Event()
 
     def __enter__(self) -> AnonymousMemory:
         gc.collect()
-        # What was freed before and the allocator kept would be used again without being seen.
-        ctypes.CDLL(None).malloc_trim(0)
+        if not self._reuses_freed:
+            ctypes.CDLL(None).malloc_trim(0)
         self._start_bytes = anonymous_bytes()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
