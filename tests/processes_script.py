@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from nexus_core import processes
-from nexus_core.cli.launch import die_with_launcher
+from nexus_core.cli.launch import die_with_launcher, end_process
 from nexus_core.cli.output import exit_code_of, quieten
 from nexus_core.errors import UsageError
 
@@ -71,6 +71,7 @@ def main(mode: str, *arguments: str) -> None:
         actions[mode]()
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(exit_code_of(error, debug=False))
+    end_process(0)
 
 
 if __name__ == "__main__":

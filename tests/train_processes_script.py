@@ -20,7 +20,7 @@ from training_runs import VOCABULARY, RandomBatches, train_settings
 import nexus_core
 from nexus_core import processes
 from nexus_core.checkpoint.source import Checkpoint, open_checkpoint
-from nexus_core.cli.launch import die_with_launcher
+from nexus_core.cli.launch import die_with_launcher, end_process
 from nexus_core.data.mixture import Batch
 from nexus_core.data.packing import PackedSequences
 from nexus_core.distill.signals import ROUTER_LOGITS, Signals
@@ -123,3 +123,4 @@ def main(model: str, folder: str, cases: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_process(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from importlib import import_module
 import click
 
 from nexus_core import __version__
-from nexus_core.cli.launch import die_with_launcher
+from nexus_core.cli.launch import die_with_launcher, end_process
 from nexus_core.cli.output import exit_code_of, open_closed_streams, quieten
 from nexus_core.processes import world_if_any
 
@@ -99,9 +98,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(code)
     code = answer if isinstance(answer, int) else 0
     if not world_if_any().alone:
-        # The threads that connected the processes may abort a process that unloads its libraries one by one.
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_process(code)
     sys.exit(code)

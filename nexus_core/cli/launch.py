@@ -6,6 +6,7 @@ ends badly the others are stopped; an interruption is passed on to all; when thi
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -133,6 +134,16 @@ def _what_became_of(rank: int, codes: Sequence[int]) -> str:
         memory = "; if memory ran out, the system's log says so" if name == "SIGKILL" else ""
         return f"process {rank} of {len(codes)} was ended by {name}{memory}; {again}"
     return f"the {len(codes)} processes lost contact with each other, and none has said why; {again}"
+
+
+def end_process(code: int) -> NoReturn:
+    """End one of several processes with all that is to be done at the end, but without unloading its libraries one by
+    one: the threads that connected the processes may abort it then, with all its work done.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def die_with_launcher() -> None:
