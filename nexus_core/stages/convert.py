@@ -261,4 +261,4 @@ def _run(context: StageContext) -> Metrics:
     )
 
 
-STAGE = Stage(name="convert", version=2, inputs=("select", "collect"), settings=_settings, run=_run)
+STAGE = Stage(name="convert", version=3, inputs=("select", "collect"), settings=_settings, run=_run)
